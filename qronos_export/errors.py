@@ -1,0 +1,52 @@
+"""What can go wrong, as one tree; every message says what, where, what was expected and what to do next.
+
+    QronosError
+    ├── UsageError            the request contradicts itself                       exit 2
+    ├── CheckpointError       the model cannot be found, read or trusted
+    ├── CalibrationError      the calibration text is missing, too short or unusable
+    ├── PlanError             a tensor and the wanted format do not fit together
+    ├── ArtifactError         the written file is not what was calibrated
+    ├── OutputError           the place to write to: occupied, full, read-only
+    ├── LlamaCppError         llama.cpp is missing, too old, or a tool of it failed
+    └── GateError             validation ran and the file missed a limit
+
+All but UsageError exit with 1. The command line prints the message; `--debug` adds the traceback.
+"""
+
+
+class QronosError(Exception):
+    """Base of every error this package raises on purpose."""
+
+    exit_code = 1
+
+
+class UsageError(QronosError):
+    exit_code = 2
+
+
+class CheckpointError(QronosError):
+    pass
+
+
+class CalibrationError(QronosError):
+    pass
+
+
+class PlanError(QronosError):
+    pass
+
+
+class ArtifactError(QronosError):
+    pass
+
+
+class OutputError(QronosError):
+    pass
+
+
+class LlamaCppError(QronosError):
+    pass
+
+
+class GateError(QronosError):
+    pass
