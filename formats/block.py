@@ -1,0 +1,199 @@
+"""The types every format is made of: `Levels`, `Grid`, `BlockFormat` and `QuantizedWeight`.
+
+A grid holds only numbers that the bytes can hold, so whatever is rounded to it is already what the file will say.
+Nothing here knows about models, calibration or files.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Protocol, final
+
+import torch
+from torch import Tensor
+
+
+class FormatError(ValueError):
+    """Weights and a format do not fit together; the message says which and what would."""
+
+
+class Levels(Protocol):
+    """The numbers a code stands for, before scale and offset."""
+
+    def nearest(self, values: Tensor) -> Tensor:
+        """Codes of the levels nearest to `values`, elementwise."""
+        ...
+
+    def value(self, codes: Tensor) -> Tensor:
+        """The levels themselves, float32."""
+        ...
+
+
+@dataclass(frozen=True)
+class Integers:
+    """Levels low, low + 1, … high; a code is the integer itself, in int8."""
+
+    low: int
+    high: int
+
+    def nearest(self, values: Tensor) -> Tensor:
+        return values.round().clamp_(self.low, self.high).to(torch.int8)
+
+    def value(self, codes: Tensor) -> Tensor:
+        return codes.to(torch.float32)
+
+
+@dataclass(frozen=True)
+class Floats:
+    """Every finite number of a float type; a code is that float."""
+
+    dtype: torch.dtype
+
+    def nearest(self, values: Tensor) -> Tensor:
+        largest = torch.finfo(self.dtype).max
+        return values.clamp(-largest, largest).to(self.dtype)
+
+    def value(self, codes: Tensor) -> Tensor:
+        return codes.to(torch.float32)
+
+
+@dataclass(frozen=True)
+class Grid:
+    """What a format can store for some weights once its scales are chosen: `value = scale · level(code) + offset`.
+
+    scale:   float32 [rows, groups]; column c uses group c // group.
+    offset:  like scale, or None for zero.
+    fields:  what the format's `pack` needs to write the scales, each [rows, blocks or groups].
+    """
+
+    scale: Tensor
+    levels: Levels
+    group: int
+    offset: Tensor | None = None
+    fields: tuple[Tensor, ...] = ()
+
+    def _spread(self, per_group: Tensor, columns: int) -> Tensor:
+        return per_group.repeat_interleave(self.group, dim=1)[:, :columns]
+
+    def nearest(self, weights: Tensor) -> Tensor:
+        """Codes [rows, columns] of the storable values nearest to `weights` [rows, columns]."""
+        inverse = self._spread(reciprocal(self.scale), weights.shape[1])
+        if self.offset is not None:
+            weights = weights - self._spread(self.offset, weights.shape[1])
+        return self.levels.nearest(weights * inverse)
+
+    def values(self, codes: Tensor) -> Tensor:
+        """Stored values, float32 [rows, columns]."""
+        values = self.levels.value(codes) * self._spread(self.scale, codes.shape[1])
+        return values if self.offset is None else values + self._spread(self.offset, codes.shape[1])
+
+    @staticmethod
+    def joined(grids: Sequence[Grid]) -> Grid:
+        """One grid over the columns of several, left to right."""
+        first = grids[0]
+        return Grid(
+            scale=torch.cat([grid.scale for grid in grids], dim=1),
+            levels=first.levels,
+            group=first.group,
+            offset=None
+            if first.offset is None
+            else torch.cat([g.offset for g in grids if g.offset is not None], dim=1),
+            fields=tuple(torch.cat(parts, dim=1) for parts in zip(*(grid.fields for grid in grids), strict=True)),
+        )
+
+
+def reciprocal(scale: Tensor) -> Tensor:
+    """1 / scale, and 0 where the scale is 0 (a block of zeros) or its inverse would overflow."""
+    inverse = scale.reciprocal()
+    return torch.where(torch.isfinite(inverse), inverse, 0.0)
+
+
+class BlockFormat(ABC):
+    """A way to store rows of weights as blocks of bytes.
+
+    Every subclass is final and describes its layout in its docstring. Laws, checked for every entry of `FORMATS`:
+    `pack(*unpack(blocks)) == blocks` up to equivalent zeros, `dequantize` equals ggml's bit for bit, and the error of
+    `fit` is never above that of ggml's own quantizer.
+    """
+
+    name: ClassVar[str]
+    ggml_type: ClassVar[int]
+    block_size: ClassVar[int]
+    block_bytes: ClassVar[int]
+    is_float: ClassVar[bool] = False
+
+    @abstractmethod
+    def fit(self, weights: Tensor, importance: Tensor | None = None) -> Grid:
+        """Storable scales for `weights` [rows, columns] with small Σ importance · (weights − nearest)².
+
+        importance: non-negative, broadcastable to `weights`; None weighs all columns alike.
+        """
+
+    @abstractmethod
+    def pack(self, codes: Tensor, grid: Grid) -> Tensor:
+        """Bytes, uint8 [rows, row_bytes], of `codes` [rows, columns] on `grid`."""
+
+    @abstractmethod
+    def unpack(self, blocks: Tensor) -> tuple[Tensor, Grid]:
+        """Codes [rows, columns] and grid of `blocks`, uint8 [rows, row_bytes]."""
+
+    @final
+    def dequantize(self, blocks: Tensor) -> Tensor:
+        """Stored values of `blocks`: float32 [rows, columns], bit for bit what ggml computes."""
+        codes, grid = self.unpack(blocks)
+        return grid.values(codes)
+
+    @final
+    def quantize(self, weights: Tensor, importance: Tensor | None = None) -> Tensor:
+        """Blocks of `weights` rounded to the nearest value of their fitted grid: uint8 [rows, row_bytes]."""
+        self.check(weights.shape[1])
+        grid = self.fit(weights, importance)
+        return self.pack(grid.nearest(weights), grid)
+
+    @final
+    def row_bytes(self, columns: int) -> int:
+        self.check(columns)
+        return columns // self.block_size * self.block_bytes
+
+    @final
+    def check(self, columns: int) -> None:
+        """Raises FormatError unless rows of `columns` weights divide into whole blocks."""
+        if columns % self.block_size:
+            raise FormatError(f"rows of {columns} weights do not divide into {self.name}'s blocks of {self.block_size}")
+
+    @property
+    @final
+    def bits_per_weight(self) -> float:
+        return 8 * self.block_bytes / self.block_size
+
+    def __repr__(self) -> str:
+        return self.name
+
+
+@dataclass(frozen=True)
+class QuantizedWeight:
+    """A weight as it will be stored: `blocks` uint8 [rows, row_bytes] of `format`, standing for float32 `shape`."""
+
+    format: BlockFormat
+    blocks: Tensor
+    shape: tuple[int, int]
+
+    def dequantize(self) -> Tensor:
+        return self.format.dequantize(self.blocks)
+
+
+def blocked(blocks: Tensor, block_bytes: int) -> Tensor:
+    """[rows, row_bytes] → [rows, blocks, block_bytes]."""
+    return blocks.view(blocks.shape[0], -1, block_bytes)
+
+
+def half_bytes(values: Tensor) -> Tensor:
+    """Scales as the two little-endian bytes of their fp16: [rows, blocks] → uint8 [rows, blocks, 2]."""
+    return values.to(torch.float16).contiguous().view(torch.uint8).view(*values.shape, 2)
+
+
+def half_from_bytes(data: Tensor) -> Tensor:
+    """The inverse of `half_bytes`: uint8 [rows, blocks, 2] → float32 [rows, blocks]."""
+    return data.contiguous().view(torch.float16).squeeze(-1).to(torch.float32)

@@ -1,0 +1,105 @@
+"""The measures of a file and the gate, with real models and real llama.cpp."""
+
+import hashlib
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from qronos_export.errors import CalibrationError, LlamaCppError, OutputError, UsageError
+from qronos_export.llamacpp import LlamaCpp
+from qronos_export.validation import Gate, Reference, Validation, validate
+
+REPORT_KEYS = {
+    "perplexity",
+    "perplexity_reference",
+    "kl_divergence",
+    "kl_divergence_error",
+    "same_top",
+    "context",
+    "chunks",
+    "text_sha256",
+    "llama_cpp",
+}
+
+
+@pytest.fixture(scope="module")
+def validations(
+    llamacpp: LlamaCpp,
+    demo_gguf: Path,
+    coarse_gguf: Path,
+    english: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> tuple[Validation, Validation]:
+    """The demo model against itself and the coarse one against it, from one run of the reference."""
+    workspace = tmp_path_factory.mktemp("workspace")
+    with Reference(demo_gguf, english, llamacpp=llamacpp, workspace=workspace, context=64, chunks=4) as reference:
+        assert len(list(workspace.iterdir())) == 1
+        both = reference.compare(demo_gguf), reference.compare(coarse_gguf)
+    assert list(workspace.iterdir()) == []
+    return both
+
+
+def test_a_file_is_its_own_equal(validations: tuple[Validation, Validation]) -> None:
+    same, _ = validations
+    assert abs(same.kl_divergence) < 1e-4
+    assert abs(same.perplexity_increase) < 0.01
+    assert same.same_top > 99
+
+
+def test_a_coarser_file_diverges(validations: tuple[Validation, Validation]) -> None:
+    same, coarse = validations
+    assert coarse.kl_divergence > 0.05
+    assert coarse.perplexity_increase > 1
+    assert coarse.perplexity_reference == same.perplexity_reference
+
+
+def test_the_report_has_its_stable_keys(
+    validations: tuple[Validation, Validation], english: Path, llamacpp: LlamaCpp
+) -> None:
+    report = json.loads(json.dumps(validations[1].to_json(), allow_nan=False))
+    assert set(report) >= REPORT_KEYS
+    assert (report["context"], report["chunks"], report["llama_cpp"]) == (64, 4, llamacpp.version)
+    assert report["text_sha256"] == hashlib.sha256(english.read_bytes()).hexdigest()
+
+
+def test_the_gate_names_each_limit_and_the_value_that_missed_it(validations: tuple[Validation, Validation]) -> None:
+    same, coarse = validations
+    gate = Gate(max_kld=0.01, max_ppl_increase=0.5)
+    assert gate.check(same) == []
+    kld, increase = gate.check(coarse)
+    assert f"{coarse.kl_divergence:.6g}" in kld and "--max-kld 0.01" in kld
+    assert f"{coarse.perplexity_increase:.3g} %" in increase and "--max-ppl-increase is 0.5 %" in increase
+    assert Gate().check(coarse) == []
+
+
+def test_the_gate_is_inclusive_and_counts_percent(validations: tuple[Validation, Validation]) -> None:
+    exact = replace(validations[0], kl_divergence=0.25, perplexity=12.5, perplexity_reference=10.0)
+    assert exact.perplexity_increase == 25
+    assert Gate(max_kld=0.25, max_ppl_increase=25).check(exact) == []
+    assert len(Gate(max_kld=0.2499, max_ppl_increase=24.99).check(exact)) == 2
+    # Not a number is not a pass.
+    assert len(Gate(max_kld=1).check(replace(exact, kl_divergence=float("nan")))) == 1
+
+
+@pytest.mark.parametrize("limit", [-0.1, float("nan"), float("inf")])
+def test_a_limit_that_makes_no_sense_is_refused(limit: float) -> None:
+    with pytest.raises(UsageError, match="--max-kld"):
+        Gate(max_kld=limit)
+    with pytest.raises(UsageError, match="--max-ppl-increase"):
+        Gate(max_ppl_increase=limit)
+
+
+def test_failures_leave_the_workspace_empty(llamacpp: LlamaCpp, demo_gguf: Path, english: Path, tmp_path: Path) -> None:
+    text, broken, workspace = tmp_path / "short.txt", tmp_path / "broken.gguf", tmp_path / "workspace"
+    text.write_text("short")
+    broken.write_bytes(b"GGUF?")
+    with pytest.raises(OutputError, match="workspace, does not exist"):
+        validate(demo_gguf, demo_gguf, english, llamacpp=llamacpp, workspace=workspace)
+    workspace.mkdir()
+    with pytest.raises(CalibrationError, match="too short"):
+        validate(demo_gguf, demo_gguf, text, llamacpp=llamacpp, workspace=workspace)
+    with pytest.raises(LlamaCppError, match=r"broken\.gguf"):
+        validate(broken, demo_gguf, english, llamacpp=llamacpp, workspace=workspace, context=64, chunks=2)
+    assert list(workspace.iterdir()) == []

@@ -1,0 +1,272 @@
+"""GGUF files: a float file by upstream's converter in, the same file with our blocks out.
+
+The float file is the oracle for names, metadata, tokenizer and the order of rows. Its tensors are matched to ours by
+content: a row of a GGUF tensor is one of our float rows, so a hash of each row finds the tensor and the permutation at
+once, also through fused or stacked (mixture-of-experts) tensors. There is no name map and no permutation code here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import gguf
+import numpy as np
+import torch
+from torch import Tensor
+
+from formats import FORMATS, BlockFormat
+from qronos_export.errors import ArtifactError
+
+_CHUNK = 1 << 22  # weights hashed or read at a time
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor of a GGUF file: where its bytes are and how its rows look."""
+
+    name: str
+    type: str  # ggml's name: "F32", "Q4_0", …
+    shape: tuple[int, ...]  # numpy order, last is the row length
+    offset: int  # bytes from the start of the file
+    nbytes: int
+
+    @property
+    def columns(self) -> int:
+        return self.shape[-1]
+
+    @property
+    def rows(self) -> int:
+        return int(np.prod(self.shape[:-1], dtype=np.int64)) if len(self.shape) > 1 else 1
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where rows of one of our weights go: row `file_rows[i]` of GGUF tensor `tensor` is row `rows[i]` of `source`."""
+
+    tensor: str
+    source: str
+    rows: Tensor  # int64
+    file_rows: Tensor  # int64
+
+
+class GGUFFile:
+    """A GGUF file opened for its metadata; tensor data is read on demand and never stays mapped."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            self.reader = gguf.GGUFReader(path)
+        except (ValueError, OSError, IndexError, KeyError) as error:
+            raise ArtifactError(f"{path} is not a readable GGUF file ({error}).") from error
+        self.tensors = {
+            t.name: StoredTensor(
+                t.name, t.tensor_type.name, tuple(int(n) for n in reversed(t.shape)), int(t.data_offset), int(t.n_bytes)
+            )
+            for t in self.reader.tensors
+        }
+
+    def bytes(self, name: str, first: int = 0, rows: int | None = None) -> np.ndarray:
+        """Raw bytes of `rows` rows from row `first`: uint8 [rows, row_bytes]."""
+        tensor = self.tensors[name]
+        row_bytes = tensor.nbytes // tensor.rows
+        count = tensor.rows - first if rows is None else rows
+        with self.path.open("rb") as file:
+            file.seek(tensor.offset + first * row_bytes)
+            data = np.fromfile(file, dtype=np.uint8, count=count * row_bytes)
+        if data.size != count * row_bytes:
+            raise ArtifactError(f"{self.path} ends inside tensor {name}: the file is truncated.")
+        return data.reshape(count, row_bytes)
+
+    def floats(self, name: str) -> Iterator[Tensor]:
+        """A float tensor's rows in order, some at a time: float32 [rows, columns]."""
+        tensor = self.tensors[name]
+        fmt = FORMATS[tensor.type]
+        step = max(1, _CHUNK // tensor.columns)
+        for first in range(0, tensor.rows, step):
+            yield fmt.dequantize(torch.from_numpy(self.bytes(name, first, min(step, tensor.rows - first))))
+
+
+def row_hashes(weights: Tensor) -> Tensor:
+    """A 64-bit hash of the bits of every row: int64 [rows] for float32 `weights` [rows, columns]."""
+    generator = torch.Generator().manual_seed(0x51A05)
+    keys = torch.randint(-(2**63), 2**63 - 1, (weights.shape[1],), generator=generator).to(weights.device)
+    bits = (weights + 0.0).contiguous().view(torch.int32)  # + 0.0: both zeros hash alike
+    step = max(1, _CHUNK // weights.shape[1])
+    return torch.cat([(part * keys).sum(1) for part in bits.to(torch.int64).split(step)])
+
+
+class RowIndex:
+    """Finds, for weights of ours, the tensors of a float GGUF file that hold their rows, and in which order."""
+
+    def __init__(self, file: GGUFFile, names: list[str]) -> None:
+        """`names`: the tensors that may be matched. Reads them once; keeps 8 bytes a row."""
+        self._file = file
+        self._hashes = {name: torch.cat([row_hashes(part) for part in file.floats(name)]) for name in names}
+
+    @property
+    def unmatched(self) -> list[str]:
+        """Tensors that no weight has claimed so far, in file order."""
+        return list(self._hashes)
+
+    def match(self, weights: Mapping[str, Tensor]) -> list[Target]:
+        """Claim every tensor all of whose rows are rows of `weights` (name -> float32 [rows, columns]).
+
+        Of several tensors with the same content (merges that repeat layers) the first unclaimed one is taken.
+        """
+        names = list(weights)
+        hashes = {name: row_hashes(weight).cpu() for name, weight in weights.items()}
+        if not hashes:
+            return []
+        keys = torch.cat(list(hashes.values()))
+        owner = torch.repeat_interleave(torch.arange(len(names)), torch.tensor([len(h) for h in hashes.values()]))
+        row = torch.cat([torch.arange(len(h)) for h in hashes.values()])
+        keys, permutation = keys.sort(stable=True)
+        owner, row = owner[permutation], row[permutation]
+        taken = torch.zeros(len(keys), dtype=torch.bool)
+        targets: list[Target] = []
+        for tensor, wanted in list(self._hashes.items()):
+            place = torch.searchsorted(keys, wanted).clamp_(max=len(keys) - 1)
+            if not torch.equal(keys[place], wanted) or bool(taken[place].any()):
+                continue
+            found = [
+                Target(tensor, names[index], row[place[mine]], mine.nonzero()[:, 0])
+                for index in owner[place].unique().tolist()
+                for mine in [owner[place] == index]
+            ]
+            self._verify(tensor, found, weights)
+            targets += found
+            taken[place] = True
+            del self._hashes[tensor]
+        return targets
+
+    def _verify(self, tensor: str, targets: list[Target], weights: Mapping[str, Tensor]) -> None:
+        """Hashes only propose; the floats themselves decide."""
+        first = 0
+        for part in self._file.floats(tensor):
+            last = first + len(part)
+            for target in targets:
+                here = (target.file_rows >= first) & (target.file_rows < last)
+                ours = weights[target.source][target.rows[here].to(weights[target.source].device)].cpu()
+                if not torch.equal(part[target.file_rows[here] - first], ours):
+                    raise ArtifactError(f"rows of {tensor} hash like rows of {target.source} but differ.")
+            first = last
+
+
+class BlockStore:
+    """Finished blocks on disk, one file a tensor, with a hash of every row's values as the quantized stream used them."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+        self.formats: dict[str, BlockFormat] = {}
+        self._calibrated: dict[str, Tensor] = {}
+        self._missing: dict[str, int] = {}
+
+    def put(self, tensor: StoredTensor, fmt: BlockFormat, file_rows: Tensor, blocks: Tensor, values: Tensor) -> None:
+        """Store `blocks` uint8 [n, row_bytes] at `file_rows` [n]; `values` float32 [n, columns] is what they stand for in
+        the calibrated model."""
+        name = tensor.name
+        fresh = name not in self.formats
+        if fresh:
+            self.formats[name] = fmt
+            self._calibrated[name] = torch.zeros(tensor.rows, dtype=torch.int64)
+            self._missing[name] = tensor.rows
+        data = np.memmap(
+            self._path(name),
+            dtype=np.uint8,
+            mode="w+" if fresh else "r+",
+            shape=(tensor.rows, fmt.row_bytes(tensor.columns)),
+        )
+        data[file_rows.numpy()] = blocks.cpu().numpy()
+        data.flush()
+        self._calibrated[name][file_rows] = row_hashes(values).cpu()
+        self._missing[name] -= len(file_rows)
+
+    def blocks(self, name: str) -> np.ndarray:
+        """The bytes of a finished tensor: uint8 [rows, row_bytes]."""
+        if self._missing[name]:
+            raise ArtifactError(f"{self._missing[name]} rows of {name} were never rounded.")
+        return np.fromfile(self._path(name), dtype=np.uint8).reshape(len(self._calibrated[name]), -1)
+
+    def calibrated(self, name: str) -> Tensor:
+        """Hash of each row's values in the calibrated model, in file order: int64 [rows]."""
+        return self._calibrated[name]
+
+    def _path(self, name: str) -> Path:
+        return self._folder / f"{hashlib.sha256(name.encode()).hexdigest()[:24]}.blocks"
+
+
+def write_gguf(source: GGUFFile, store: BlockStore, file_type: str, destination: Path) -> None:
+    """Write `source` again with the tensors of `store` in their blocks; everything else byte for byte as it is.
+
+    file_type: llama.cpp's name of the mix, e.g. `Q4_0`; it goes into `general.file_type`.
+    """
+    writer = gguf.GGUFWriter(destination, arch="", use_temp_file=False)
+    writer.kv_data[0].clear()
+    for field in source.reader.fields.values():
+        if field.name.startswith("GGUF."):
+            continue
+        sub_type = field.types[-1] if field.types[0] == gguf.GGUFValueType.ARRAY else None
+        writer.add_key_value(field.name, field.contents(), field.types[0], sub_type)
+    writer.data_alignment = source.reader.alignment
+    writer.kv_data[0].pop(gguf.Keys.General.FILE_TYPE, None)
+    writer.kv_data[0].pop(gguf.Keys.General.QUANTIZATION_VERSION, None)
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    writer.add_file_type(gguf.LlamaFileType[file_type_name(file_type)])
+
+    for tensor in source.tensors.values():
+        fmt = store.formats.get(tensor.name)
+        kind = gguf.GGMLQuantizationType[tensor.type if fmt is None else fmt.name]
+        nbytes = tensor.nbytes if fmt is None else tensor.rows * fmt.row_bytes(tensor.columns)
+        writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.float32), nbytes, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    for tensor in source.tensors.values():
+        writer.write_tensor_data(
+            store.blocks(tensor.name) if tensor.name in store.formats else source.bytes(tensor.name)
+        )
+    writer.close()
+
+
+def file_type_name(file_type: str) -> str:
+    """gguf's name of llama.cpp's mix: Q4_0 -> MOSTLY_Q4_0, F32 -> ALL_F32."""
+    return "ALL_F32" if file_type == "F32" else f"MOSTLY_{file_type}"
+
+
+def verify_gguf(path: Path, source: GGUFFile, store: BlockStore) -> None:
+    """Reopen a written file and compare every tensor: calibrated values = our dequantize = gguf-py's dequantize of the
+    file's bytes, and untouched tensors equal the float file's. Raises ArtifactError naming the first difference."""
+    written = GGUFFile(path)
+    if list(written.tensors) != list(source.tensors):
+        raise ArtifactError(f"{path} does not hold the tensors of {source.path}.")
+    for name, tensor in written.tensors.items():
+        data = written.bytes(name)
+        if name not in store.formats:
+            if not np.array_equal(data, source.bytes(name)):
+                raise ArtifactError(f"{path}: {name} changed though it was not quantized.")
+            continue
+        fmt, expected = store.formats[name], store.calibrated(name)
+        step = max(1, _CHUNK // tensor.columns)
+        for first in range(0, tensor.rows, step):
+            part = data[first : first + step]
+            ours = fmt.dequantize(torch.from_numpy(part))
+            theirs = gguf.quants.dequantize(_typed(part, fmt), gguf.GGMLQuantizationType[fmt.name])
+            if not torch.equal(row_hashes(ours), expected[first : first + step]):
+                raise ArtifactError(f"{path}: {name} is not what was calibrated.")
+            if not np.array_equal(ours.numpy(), theirs):
+                raise ArtifactError(f"{path}: gguf reads {name} ({fmt.name}) differently than it was calibrated.")
+
+
+def _typed(data: np.ndarray, fmt: BlockFormat) -> np.ndarray:
+    """gguf's dequantize wants F32 and F16 as such, everything else as bytes."""
+    return data.view({"F32": np.float32, "F16": np.float16}.get(fmt.name, np.uint8))
+
+
+def bits_per_weight(path: Path) -> float:
+    """Stored bits of all tensors divided by their weights."""
+    tensors = GGUFFile(path).tensors.values()
+    return 8 * sum(t.nbytes for t in tensors) / sum(t.rows * t.columns for t in tensors)

@@ -1,0 +1,266 @@
+"""Two streams through the decoder blocks, and the statistics of every group of layers on the way.
+
+The float stream carries the hidden states of the float model all the way from its embedding, the quantized stream those of
+the model rounded so far, from its *quantized* embedding. At each group of layers that share an input both streams wait,
+H and G are accumulated over all micro-batches, the caller rounds, and the quantized stream goes on with the rounded
+weights (arXiv 2505.11695; docs/method.md). Memory holds one block twice and the hidden states of the calibration tokens twice.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qronos_export.errors import CheckpointError
+from qronos_export.statistics import LayerStats
+from qronos_export.suspended import Block, Routed, Stop, expert_inner, expert_matrices, is_experts
+
+
+@dataclass
+class Matrix:
+    """A weight to be rounded. `weight` [out, in] is the float model's; write the stored values into `quantized`."""
+
+    name: str
+    weight: Tensor
+    quantized: Tensor
+
+
+@dataclass
+class Group:
+    """Weights that read the same input, and what is known of that input."""
+
+    matrices: list[Matrix]
+    stats: LayerStats
+
+
+@dataclass
+class MicroBatch:
+    """Some calibration sequences on their way: token ids, hidden states of both streams, arguments of every block."""
+
+    tokens: Tensor  # int64 [sequences, length]
+    x: Tensor  # float [sequences, length, hidden], float stream
+    x_hat: Tensor  # the same, quantized stream
+    arguments: list[dict[str, Any]]
+
+
+@dataclass
+class Clock:
+    """Seconds spent per phase, for the report."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+    _since: float = field(default_factory=time.perf_counter)
+
+    def lap(self, phase: str | None) -> None:
+        """Book the time since the last lap on `phase`; None lets it go."""
+        now = time.perf_counter()
+        if phase is not None:
+            self.seconds[phase] = self.seconds.get(phase, 0.0) + now - self._since
+        self._since = now
+
+
+class Decoder:
+    """What surrounds the blocks: embedding in front, final norm behind. Runs the model's own forward around stubs."""
+
+    def __init__(self, decoder: nn.Module, blocks: nn.ModuleList) -> None:
+        self._decoder = decoder
+        self._blocks = blocks
+
+    def enter(self, tokens: Tensor) -> tuple[Tensor, list[dict[str, Any]]]:
+        """Hidden states before the first block, and the keyword arguments the model would give to each block."""
+        entered: list[Tensor] = []
+        arguments: list[dict[str, Any]] = []
+
+        def stub(hidden_states: Tensor, **kwargs: Any) -> Tensor:
+            entered.append(hidden_states)
+            arguments.append(kwargs)
+            return hidden_states
+
+        self._around([stub] * len(self._blocks), tokens)
+        return entered[0], arguments
+
+    def leave(self, tokens: Tensor, hidden: Tensor) -> Tensor:
+        """What the head reads when the last block returned `hidden`: float [sequences, length, hidden]."""
+
+        def stub(hidden_states: Tensor, **kwargs: Any) -> Tensor:
+            return hidden
+
+        return self._around([stub] * len(self._blocks), tokens)
+
+    def _around(self, stubs: Sequence[Callable[..., Tensor]], tokens: Tensor) -> Tensor:
+        for block, stub in zip(self._blocks, stubs, strict=True):
+            block.forward = stub  # type: ignore[method-assign, assignment]
+        try:
+            output = self._decoder(input_ids=tokens, use_cache=False).last_hidden_state
+        finally:
+            for block in self._blocks:
+                del block.forward
+        if output.shape[:2] != tokens.shape:
+            raise CheckpointError(
+                f"{type(self._decoder).__name__} does not pass plain hidden states from block to block "
+                f"(got shape {tuple(output.shape)} for tokens {tuple(tokens.shape)}); it cannot be calibrated yet."
+            )
+        return output
+
+
+def enter(
+    decoder: Decoder, embedding: nn.Embedding, quantized: Tensor | None, tokens: Tensor, batch: int
+) -> list[MicroBatch]:
+    """Both streams in front of the first block.
+
+    quantized: the embedding's stored values [vocabulary, hidden], or None where it stays float.
+    tokens:    int64 [samples, length]; batch: sequences per micro-batch.
+    """
+    entered = [(ids, *decoder.enter(ids)) for ids in tokens.split(batch)]
+    starts = [x for _, x, _ in entered]
+    if quantized is not None:
+        weight = embedding.weight.data
+        embedding.weight.data = quantized
+        try:
+            starts = [decoder.enter(ids)[0] for ids in tokens.split(batch)]
+        finally:
+            embedding.weight.data = weight
+    first = entered[0][2]
+    return [
+        MicroBatch(ids, x, x_hat, _shared(arguments, first))
+        for (ids, x, arguments), x_hat in zip(entered, starts, strict=True)
+    ]
+
+
+def _shared(new: Any, old: Any) -> Any:
+    """`new`, with tensors equal to those at the same place in `old` replaced by them: masks and positions are kept once."""
+    if isinstance(new, Tensor):
+        return old if isinstance(old, Tensor) and new.shape == old.shape and torch.equal(new, old) else new
+    if isinstance(new, dict) and isinstance(old, dict):
+        return {key: _shared(value, old.get(key)) for key, value in new.items()}
+    if isinstance(new, list | tuple) and isinstance(old, list | tuple) and len(new) == len(old):
+        return type(new)(_shared(a, b) for a, b in zip(new, old, strict=True))
+    return new
+
+
+def walk(
+    module: nn.Module, index: int, name: str, batches: list[MicroBatch], wanted: Callable[[str], bool], clock: Clock
+) -> Iterator[list[Group]]:
+    """Run decoder block `index` once per stream; yield the groups of each stop, to be rounded before the next.
+
+    name:    the block's, e.g. `model.layers.3`; the matrices' names begin with it.
+    wanted:  whether a weight, named like a checkpoint parameter, will be rounded.
+    Yields before the quantized stream uses the weights; afterwards `batches` holds the block's outputs.
+    """
+    quantized_module = copy.deepcopy(module)
+    float_block, quantized_block = (
+        Block(each, lambda part: _wanted(module, f"{name}.{part}", part, wanted)) for each in (module, quantized_module)
+    )
+
+    first, *others = batches
+    stops, arrivals, output = float_block.observe(first.x, first.arguments[index])
+    quantized_block.stop_at(stops)
+    pairs = [
+        (float_block.start(batch.x, batch.arguments[index]), quantized_block.start(batch.x_hat, batch.arguments[index]))
+        for batch in others
+    ]
+    lead = quantized_block.start(first.x_hat, first.arguments[index])
+    clock.lap("forward")
+    for number, stop in enumerate(stops):
+        groups = _groups(module, quantized_module, name, stop)
+        payload, arrivals[number] = arrivals[number], None
+        _observe(groups, stop, module, payload, _switched(lead, clock), clock)
+        del payload
+        for float_forward, quantized_forward in pairs:
+            x = _switched(float_forward, clock)
+            _observe(groups, stop, module, x, _switched(quantized_forward, clock), clock)
+        clock.lap("statistics")
+        yield groups
+        clock.lap(None)
+    first.x, first.x_hat = output, _switched(lead, clock)
+    for batch, (float_forward, quantized_forward) in zip(others, pairs, strict=True):
+        batch.x, batch.x_hat = _switched(float_forward, clock), _switched(quantized_forward, clock)
+    for part in module.modules():
+        part.__dict__.pop("forward", None)
+
+
+def head_statistics(decoder: Decoder, batches: list[MicroBatch], clock: Clock) -> LayerStats:
+    """Statistics of the output matrix's input: the final norm's outputs in both streams."""
+    stats = LayerStats(batches[0].x.shape[-1], batches[0].x.device)
+    for batch in batches:
+        x, x_hat = decoder.leave(batch.tokens, batch.x), decoder.leave(batch.tokens, batch.x_hat)
+        clock.lap("forward")
+        stats.update(x.flatten(0, 1), x_hat.flatten(0, 1))
+        clock.lap("statistics")
+    return stats
+
+
+def block_matrices(module: nn.Module, name: str) -> dict[str, Tensor]:
+    """Every weight of a block that could be rounded, by parameter name; experts one by one. Views [out, in]."""
+    found: dict[str, Tensor] = {}
+    for part_name, part in module.named_modules():
+        if isinstance(part, nn.Linear):
+            found[f"{name}.{part_name}.weight"] = part.weight.detach()
+        elif is_experts(part):
+            for stage in ("up", "down"):
+                found.update((f"{name}.{part_name}.{leaf}", weight) for leaf, weight in expert_matrices(part, stage))
+    return found
+
+
+def _wanted(module: nn.Module, full: str, part: str, wanted: Callable[[str], bool]) -> bool:
+    found = module.get_submodule(part)
+    if isinstance(found, nn.Linear):
+        return wanted(f"{full}.weight")
+    return any(wanted(f"{full}.{leaf}") for stage in ("up", "down") for leaf, _ in expert_matrices(found, stage))
+
+
+def _switched(forward: Any, clock: Clock) -> Any:
+    clock.lap("statistics")
+    result = forward.switch()
+    clock.lap("forward")
+    return result
+
+
+def _groups(module: nn.Module, quantized: nn.Module, name: str, stop: Stop) -> list[Group]:
+    if stop.stage == "linear":
+        matrices = [
+            Matrix(
+                f"{name}.{member}.weight",
+                module.get_submodule(member).weight.detach(),  # type: ignore[union-attr, operator]
+                quantized.get_submodule(member).weight.detach(),  # type: ignore[union-attr, operator]
+            )
+            for member in stop.members
+        ]
+        return [Group(matrices, LayerStats(matrices[0].weight.shape[1], matrices[0].weight.device))]
+    (member,) = stop.members
+    experts = zip(
+        expert_matrices(module.get_submodule(member), stop.stage),
+        expert_matrices(quantized.get_submodule(member), stop.stage),
+        strict=True,
+    )
+    return [
+        Group([Matrix(f"{name}.{member}.{leaf}", weight, copied)], LayerStats(weight.shape[1], weight.device))
+        for (leaf, weight), (_, copied) in experts
+    ]
+
+
+def _observe(groups: list[Group], stop: Stop, module: nn.Module, x: Any, x_hat: Any, clock: Clock) -> None:
+    """Add one micro-batch. The quantized stream's routing decides which tokens an expert sees; the float input of
+    those same tokens is the other half of each pair."""
+    if stop.stage == "linear":
+        groups[0].stats.update(x.flatten(0, -2), x_hat.flatten(0, -2))
+        return
+    assert isinstance(x, Routed) and isinstance(x_hat, Routed)
+    experts = module.get_submodule(stop.members[0])
+    for expert, group in enumerate(groups):
+        token = x_hat.tokens(expert)
+        if not len(token):
+            continue
+        if stop.stage == "up":
+            group.stats.update(x.hidden[token], x_hat.hidden[token])
+        else:
+            assert x_hat.inner is not None
+            clock.lap("statistics")
+            inner = expert_inner(experts, expert, x.hidden[token])
+            clock.lap("forward")
+            group.stats.update(inner, x_hat.inner[expert])

@@ -1,0 +1,11 @@
+"""Models in: what the user names becomes a folder of float safetensors, and that folder a model, block by block.
+
+This package owns every import of transformers, safetensors and huggingface_hub. It refuses pickled weights,
+weights that are already quantized and code that comes with a checkpoint (unless the caller trusts it).
+"""
+
+from .lazy import LazyModel, load_whole
+from .source import Checkpoint, open_checkpoint
+from .tokens import opening_token, tokenizer
+
+__all__ = ["Checkpoint", "LazyModel", "load_whole", "open_checkpoint", "opening_token", "tokenizer"]

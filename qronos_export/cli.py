@@ -1,0 +1,280 @@
+"""Arguments in, a recipe out; events in, a progress bar out. Nothing else lives here.
+
+Heavy imports happen inside commands, so that `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+import traceback
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from qronos_export import __version__
+from qronos_export.errors import GateError, QronosError, UsageError
+from qronos_export.recipe import RECIPE_FIELDS, Recipe, load_recipe, recipe_from
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
+    from qronos_export.report import RunReport
+
+app = typer.Typer(
+    name="qronos-export",
+    help="Quantize a Hugging Face checkpoint with Qronos into files that run in llama.cpp, and prove them there.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+llamacpp_app = typer.Typer(help="The llama.cpp behind this tool.", no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(llamacpp_app, name="llamacpp")
+
+
+def _setting(name: str, help: str, **more: Any) -> Any:
+    """An option that overrides the recipe's `name`; the recipe owns the default."""
+    return typer.Option(help=help, show_default=str(getattr(Recipe, name)), **more)
+
+
+LlamaCppOption = Annotated[
+    Path | None, typer.Option("--llamacpp", help="Folder of llama.cpp's tools; otherwise found.", metavar="FOLDER")
+]
+ContextOption = Annotated[int, typer.Option("--context", help="Tokens a chunk.")]
+ChunksOption = Annotated[int | None, typer.Option("--chunks", help="Chunks to validate on at most.")]
+TextOption = Annotated[
+    Path | None,
+    typer.Option("--text", help="Held-out text to validate on; otherwise English that Python ships.", metavar="FILE"),
+]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"qronos-export {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the version.", callback=_version, is_eager=True)
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def quantize(
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the files.", metavar="DIR")],
+    model: Annotated[
+        str | None, typer.Argument(help="Folder with config.json and safetensors, hub id, float .gguf, or `demo`.")
+    ] = None,
+    format: Annotated[str | None, _setting("format", "Type or mix by llama.cpp's name.")] = None,
+    method: Annotated[str | None, _setting("method", "qronos, gptq, gpfq or rtn.")] = None,
+    calibration: Annotated[
+        str | None, _setting("calibration", "Text file, hf:NAME[:CONFIG[:SPLIT]], or self: sampled from the model.")
+    ] = None,
+    samples: Annotated[int | None, _setting("samples", "Calibration sequences.")] = None,
+    sequence_length: Annotated[int | None, _setting("sequence_length", "Tokens a sequence.")] = None,
+    seed: Annotated[int | None, _setting("seed", "Of the choice or sampling of text.")] = None,
+    damping: Annotated[float | None, _setting("damping", "λ as a share of mean(diag H).")] = None,
+    shrinkage: Annotated[
+        float | None, _setting("shrinkage", "How far the measured mismatch of the streams is trusted, 0 to 1.")
+    ] = None,
+    order: Annotated[str | None, _setting("order", "Columns: natural or descending.")] = None,
+    micro_batch: Annotated[int | None, _setting("micro_batch", "Sequences run at a time.")] = None,
+    device: Annotated[str | None, _setting("device", "auto, cpu, cuda or cuda:i.")] = None,
+    recipe: Annotated[
+        Path | None, typer.Option(help="YAML of all the above; options given here win.", metavar="FILE.yaml")
+    ] = None,
+    text: TextOption = None,
+    context: ContextOption = 512,
+    chunks: ChunksOption = 40,
+    validate: Annotated[bool, typer.Option("--validate/--no-validate", help="Run llama.cpp on the result.")] = True,
+    force: Annotated[bool, typer.Option("--force", help="Replace results in DIR.")] = False,
+    llamacpp: LlamaCppOption = None,
+) -> None:
+    """Quantize MODEL into DIR/<model>-<FORMAT>.gguf and DIR/report.json."""
+    given = {name: value for name, value in locals().items() if name in RECIPE_FIELDS and value is not None}
+    wanted = load_recipe(recipe, **given) if recipe else recipe_from(given, "The command line")
+
+    from qronos_export.llamacpp import find
+    from qronos_export.pipeline import Finished, Held, Stage, Step, run
+
+    held = Held(text, context, chunks) if validate else None
+    with _progress() as progress:
+        task = progress.add_task("start", total=None, detail="")
+        for event in run(wanted, output, llamacpp=find(llamacpp), held=held, force=force):
+            if isinstance(event, Stage):
+                progress.reset(task, total=event.steps, description=event.name, detail="")
+            elif isinstance(event, Step):
+                layer = event.layer
+                detail = "" if layer is None else f"{layer.tensor} {layer.method} error {_number(layer.error, '.4f')}"
+                progress.update(task, completed=event.done, detail=detail)
+            elif isinstance(event, Finished):
+                progress.remove_task(task)
+                result, folder = event.report, event.folder
+    _summary(result, folder)
+
+
+@app.command()
+def validate(
+    file: Annotated[Path, typer.Argument(help="The quantized .gguf.")],
+    reference: Annotated[str, typer.Option(help="Its float model: folder, hub id, .gguf or `demo`.")],
+    text: TextOption = None,
+    context: ContextOption = 512,
+    chunks: ChunksOption = None,
+    max_kld: Annotated[float | None, typer.Option(help="Fail above this KL divergence, in nats.")] = None,
+    max_ppl_increase: Annotated[
+        float | None, typer.Option(help="Fail above this rise of perplexity, in percent.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+    llamacpp: LlamaCppOption = None,
+) -> None:
+    """Perplexity and KL divergence of FILE against its float model, in llama.cpp. Exits 1 when a limit is missed."""
+    from qronos_export.llamacpp import find
+    from qronos_export.pipeline import Held, prove
+    from qronos_export.validation import Gate
+
+    gate = Gate(max_kld, max_ppl_increase)
+    result = prove(file, reference, Held(text, context, chunks), llamacpp=find(llamacpp))
+    failures = gate.check(result)
+    if as_json:
+        typer.echo(json.dumps({**result.to_json(), "failures": failures, "passed": not failures}, indent=2))
+    else:
+        _table(
+            ("perplexity", f"{result.perplexity:.4f} ± {result.perplexity_error:.4f}"),
+            ("  of the float model", f"{result.perplexity_reference:.4f} ({result.perplexity_increase:+.2f} %)"),
+            ("KL divergence", f"{result.kl_divergence:.5f} ± {result.kl_divergence_error:.5f} nats"),
+            ("same top token", f"{result.same_top:.2f} %"),
+            ("measured on", f"{result.chunks} chunks of {result.context} tokens, llama.cpp {result.llama_cpp}"),
+        )
+    if failures:
+        raise GateError(f"{file} failed: " + " ".join(failures))
+
+
+@app.command()
+def formats() -> None:
+    """The support matrix."""
+    from rich.table import Table
+
+    from formats import FORMATS
+
+    table = Table("format", "bits per weight", "block", "bytes a block", "how", box=None, pad_edge=False)
+    for fmt in FORMATS.values():
+        how = "kept as it is" if fmt.is_float else "rtn, gptq, gpfq, qronos"
+        table.add_row(fmt.name, f"{fmt.bits_per_weight:g}", str(fmt.block_size), str(fmt.block_bytes), how)
+    _console().print(table)
+
+
+@llamacpp_app.command("install")
+def llamacpp_install() -> None:
+    """Build the pinned llama.cpp into the cache; a few minutes, once."""
+    from qronos_export.llamacpp_build import install
+
+    with _progress() as progress:
+        task = progress.add_task("build llama.cpp", total=None, detail="")
+        found = install(on_line=lambda line: progress.update(task, detail=line[:80]))
+        progress.remove_task(task)
+    typer.echo(f"{found.bin_folder}  llama.cpp {found.version}")
+
+
+@llamacpp_app.command("where")
+def llamacpp_where(llamacpp: LlamaCppOption = None) -> None:
+    """Print the tools that would be used, their version, and why these."""
+    from qronos_export.llamacpp import find
+
+    found = find(llamacpp)
+    _table(
+        ("tools", str(found.bin_folder)),
+        ("version", found.version),
+        ("converter", str(found.source or "none: run `qronos-export llamacpp install`")),
+        ("found by", found.origin),
+    )
+
+
+def _summary(result: RunReport, folder: Path) -> None:
+    checked = result.validation
+    rows = [
+        (f"{folder / a.path}", f"{a.bytes / 1e6:.1f} MB, {a.bits_per_weight:.3f} bits a weight")
+        for a in result.artifacts
+    ]
+    if checked:
+        rows += [
+            ("perplexity", f"{checked['perplexity']:.3f}, float {checked['perplexity_reference']:.3f}"),
+            ("KL divergence", f"{checked['kl_divergence']:.4f} ± {checked['kl_divergence_error']:.4f}"),
+            ("same top token", f"{checked['same_top']:.1f} %"),
+        ]
+    notes = [layer for layer in result.layers if layer.note]
+    rows += [(layer.tensor, layer.note) for layer in notes[:5]]
+    if len(notes) > 5:
+        rows.append(("", f"{len(notes) - 5} more notes in report.json"))
+    rows += [(kept["tensor"], f"kept as {kept['type']}: {kept['why']}") for kept in result.kept[:5]]
+    rows.append(("report", f"{folder / 'report.json'}, {result.seconds['total']:.0f} s in all"))
+    _table(*rows)
+
+
+def _table(*rows: tuple[str, str]) -> None:
+    from rich.table import Table
+
+    table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    _console().print(table)
+
+
+def _console() -> Any:
+    from rich.console import Console
+
+    return Console(highlight=False, markup=False, soft_wrap=not sys.stdout.isatty())
+
+
+def _progress() -> Progress:
+    """A bar with the stage, the layer and its error, and the time left; on standard error, so that output stays clean."""
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[detail]}", markup=False),
+        console=Console(stderr=True),
+        transient=True,
+    )
+
+
+def _number(value: float | None, spec: str) -> str:
+    return "–" if value is None else format(value, spec)
+
+
+def main() -> None:
+    """The console entry point: errors of ours become one message and an exit code, others a bug report."""
+    debug = "--debug" in sys.argv[1:]
+    if not debug:
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+        logging.getLogger("transformers").setLevel(logging.ERROR)
+    try:
+        app(standalone_mode=True)
+    except QronosError as error:
+        if debug:
+            traceback.print_exc()
+        kind = "usage" if isinstance(error, UsageError) else "error"
+        typer.echo(f"{kind}: {error}", err=True)
+        sys.exit(error.exit_code)

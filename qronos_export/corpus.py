@@ -1,0 +1,201 @@
+"""Calibration text as token ids: from a file, from a `datasets` dataset, or sampled from the model itself.
+
+Every source yields `samples` windows of `length` tokens, the same for the same seed. Nothing is padded or repeated: a
+source that is too short is an error.
+"""
+
+import hashlib
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from qronos_export.checkpoint import Checkpoint, load_whole, opening_token, tokenizer
+from qronos_export.errors import CalibrationError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+PIECE = 1 << 16
+"""Characters tokenized at a time; pieces end at line ends, where no tokenizer joins words."""
+BYTES_PER_TOKEN = 64
+"""Of a text this many times longer than needed (about 4 bytes make a token), pieces are skipped evenly."""
+BATCH = 32
+"""Sequences sampled side by side: 32 × 512 tokens hold 360 MB of keys and values in a 135M model."""
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Corpus:
+    tokens: Tensor
+    """int64 [samples, length], on the CPU."""
+    description: str
+    """Where they came from, for the report."""
+    sha256: str
+    """Of the ids as little-endian int64."""
+
+
+def calibration_tokens(
+    source: str,
+    checkpoint: Checkpoint,
+    *,
+    samples: int,
+    length: int,
+    seed: int,
+    device: torch.device | str = "cpu",
+    on_progress: Progress | None = None,
+) -> Corpus:
+    """`samples` windows of `length` tokens from `source`: a file, `hf:NAME[:CONFIG[:SPLIT]]`, or `self`.
+
+    `on_progress(done, total)` counts sampled tokens (`self` only; text is read at once). Raises CalibrationError where the source is absent, unreadable or short.
+    """
+    if source == "self":
+        tokens, description = _from_model(checkpoint, samples, length, seed, device, on_progress), "sampled from itself"
+    else:
+        text, description = _from_dataset(source, checkpoint) if source.startswith("hf:") else _from_file(source)
+        tokens = _windows(text, description, checkpoint, samples, length, seed)
+    return Corpus(tokens, description, hashlib.sha256(tokens.numpy().astype("<i8").tobytes()).hexdigest())
+
+
+def held_out_text() -> str:
+    """0.7 MB of English that every Python carries: the topics of its own `help()`."""
+    from pydoc_data.topics import topics
+
+    return "\n\n".join(topics.values())
+
+
+def _from_file(source: str) -> tuple[str, str]:
+    path = Path(source).expanduser()
+    try:
+        return path.read_bytes().decode("utf-8"), path.name
+    except UnicodeDecodeError as error:
+        raise CalibrationError(
+            f"{source} is not UTF-8 text (byte {error.start} is 0x{error.object[error.start]:02x}); "
+            f"give a plain text file."
+        ) from error
+    except OSError as error:
+        raise CalibrationError(
+            f"{source} cannot be read ({error.strerror}); give a text file, hf:NAME[:CONFIG[:SPLIT]], or self."
+        ) from error
+
+
+def _windows(text: str, description: str, checkpoint: Checkpoint, samples: int, length: int, seed: int) -> Tensor:
+    """Disjoint windows at seeded places, in the order of the text."""
+    encode = tokenizer(checkpoint)
+    opening = opening_token(encode)
+    pieces = list(_pieces(text))
+    pieces = pieces[:: max(1, len(text) // (BYTES_PER_TOKEN * samples * length))]
+    ids = [i for piece in encode(pieces, add_special_tokens=False, verbose=False)["input_ids"] for i in piece]
+    if len(ids) < samples * length:
+        fits = len(ids) // length
+        advice = f"or --samples {fits}" if fits else f"or a shorter --sequence-length, at most {len(ids)}"
+        raise CalibrationError(
+            f"{description} has {len(ids)} tokens; {samples} samples of {length} need {samples * length}. "
+            f"Give a longer text, {advice}."
+        )
+    rows = torch.tensor(ids[: len(ids) // length * length]).view(-1, length)
+    chosen = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))[:samples]
+    tokens = rows[chosen.sort().values]
+    if opening is not None:
+        tokens[:, 0] = opening  # as llama.cpp does for each chunk
+    return tokens
+
+
+def _pieces(text: str) -> Iterator[str]:
+    start = 0
+    for line_end in re.finditer(r"\n(?=\S)", text):
+        if line_end.end() - start >= PIECE:
+            yield text[start : line_end.end()]
+            start = line_end.end()
+    if start < len(text):
+        yield text[start:]
+
+
+def _from_dataset(source: str, checkpoint: Checkpoint) -> tuple[str, str]:
+    """NAME is a hub dataset or a local folder of jsonl, parquet, csv or text files."""
+    try:
+        from datasets import load_dataset
+    except ImportError as error:
+        raise CalibrationError(
+            f"{source} needs the datasets package; run `pip install 'qronos-export[datasets]'`."
+        ) from error
+    name, config, split, *rest = [*source.removeprefix("hf:").split(":"), "", ""]
+    if not name or len(rest) > 2:
+        raise CalibrationError(f"{source} is not hf:NAME[:CONFIG[:SPLIT]].")
+    try:
+        dataset = load_dataset(name, config or None, split=split or "train")
+    except (OSError, ValueError, RuntimeError) as error:
+        raise CalibrationError(f"{source} cannot be loaded: {error}") from error
+    return "\n\n".join(_texts(dataset, source, checkpoint)), source
+
+
+def _texts(dataset: "Dataset", source: str, checkpoint: Checkpoint) -> Iterator[str]:
+    columns = dataset.column_names
+    for column in ("text", "content"):
+        if column in columns:
+            yield from dataset[column]
+            return
+    if "messages" not in columns:
+        raise CalibrationError(f"{source} has the columns {', '.join(columns)}; needed: text, content or messages.")
+    encode = tokenizer(checkpoint)
+    for messages in dataset["messages"]:
+        if encode.chat_template:
+            yield encode.apply_chat_template(messages, tokenize=False)
+        else:
+            yield "\n\n".join(message["content"] for message in messages)
+
+
+def _from_model(
+    checkpoint: Checkpoint,
+    samples: int,
+    length: int,
+    seed: int,
+    device: torch.device | str,
+    on_progress: Progress | None,
+) -> Tensor:
+    """Text by the model at temperature 1, in the spirit of LLM-QAT (arXiv 2305.17888).
+
+    A window starts with BOS, or where the tokenizer adds none with an ordinary token drawn uniformly (their way to
+    variety). The model's end of text does not end a window: what it writes next is part of its distribution, too.
+    """
+    encode = tokenizer(checkpoint)
+    opening = opening_token(encode)
+    ordinary = torch.tensor(sorted(set(encode.get_vocab().values()) - set(encode.all_special_ids)))
+    model: Any = load_whole(checkpoint, device)
+    model.generation_config = type(model.generation_config)(  # a fresh one: the checkpoint's own narrows the choice
+        do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=length - 1, pad_token_id=0
+    )
+    counter = _TokenCounter(samples * length, on_progress)
+    batches = []
+    for start in range(0, samples, BATCH):
+        size = min(BATCH, samples - start)
+        with torch.random.fork_rng(devices=[device] if model.device.type == "cuda" else []):
+            torch.manual_seed(seed + start)
+            first = (
+                ordinary[torch.randint(len(ordinary), (size, 1))] if opening is None else torch.full((size, 1), opening)
+            )
+            batch = model.generate(
+                first.to(device), attention_mask=torch.ones_like(first, device=device), streamer=counter
+            )
+        batches.append(batch.cpu())
+    return torch.cat(batches)
+
+
+class _TokenCounter:
+    """What `generate` calls a streamer; counts the tokens of a whole batch as they are drawn."""
+
+    def __init__(self, total: int, on_progress: Progress | None) -> None:
+        self.done, self.total, self.on_progress = 0, total, on_progress
+
+    def put(self, ids: Tensor) -> None:
+        self.done += ids.numel()
+        if self.on_progress:
+            self.on_progress(self.done, self.total)
+
+    def end(self) -> None:
+        pass

@@ -1,0 +1,84 @@
+"""Rounds one group of weights: gathers rows per format, calls the rounder once for each, stores blocks, feeds them back."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
+
+import torch
+
+from qronos_export.calibration import Group, Matrix
+from qronos_export.plan import Plan
+from qronos_export.report import LayerReport
+from qronos_export.rounding import Rounder, Settings, rtn
+
+if TYPE_CHECKING:
+    from formats import BlockFormat
+    from qronos_export.artifact.gguf import BlockStore, Target
+    from qronos_export.statistics import LayerStats
+
+# A Hessian of fewer tokens than this share of its width says little; such experts are rounded to nearest.
+MIN_TOKENS_PER_FEATURE = 1 / 16
+
+
+def round_group(
+    group: Group, plan: Plan, rounder: Rounder, settings: Settings, store: BlockStore
+) -> Iterator[LayerReport]:
+    """Round every weight of `group` that has a target; rows of one format are swept together.
+
+    Afterwards `matrix.quantized` holds the stored values, and `store` the blocks.
+    """
+    by_format: dict[str, list[tuple[Matrix, Target]]] = {}
+    for matrix in group.matrices:
+        for target in plan.targets(matrix.name):
+            by_format.setdefault(plan.format(target).name, []).append((matrix, target))
+    for jobs in by_format.values():
+        yield from _round_rows(jobs, plan, group.stats, *_fallback(group.stats, rounder), settings, store)
+
+
+def _fallback(stats: LayerStats, rounder: Rounder) -> tuple[Rounder, str]:
+    if rounder is rtn or stats.tokens >= max(1, stats.features * MIN_TOKENS_PER_FEATURE):
+        return rounder, ""
+    return rtn, f"saw only {stats.tokens} tokens for {stats.features} inputs; rounded to nearest"
+
+
+def _round_rows(
+    jobs: list[tuple[Matrix, Target]],
+    plan: Plan,
+    stats: LayerStats,
+    rounder: Rounder,
+    note: str,
+    settings: Settings,
+    store: BlockStore,
+) -> Iterator[LayerReport]:
+    started = time.perf_counter()
+    fmt: BlockFormat = plan.format(jobs[0][1])
+    device = jobs[0][0].weight.device
+    weight = torch.cat([matrix.weight[target.rows.to(device)] for matrix, target in jobs]).to(torch.float32)
+    rounded = (rtn if fmt.is_float else rounder)(weight, stats, fmt, settings)
+    power = ((weight @ stats.hessian) * weight).sum(1) if stats.tokens else weight.square().sum(1)
+    values = rounded.weight.dequantize()
+    seconds = (time.perf_counter() - started) / len(weight)  # per row
+
+    start = 0
+    for matrix, target in jobs:
+        rows = slice(start, start := start + len(target.rows))
+        store.put(plan.tensor(target), fmt, target.file_rows, rounded.weight.blocks[rows], values[rows])
+        matrix.quantized[target.rows.to(device)] = values[rows].to(matrix.quantized.dtype)
+        total = float(power[rows].sum())
+        relative: Callable[[torch.Tensor | None], float | None] = lambda part, rows=rows, total=total: (
+            None if part is None or not total else float(part[rows].sum()) / total
+        )
+        yield LayerReport(
+            name=matrix.name,
+            tensor=target.tensor,
+            format=fmt.name,
+            method=rounded.method,
+            error=relative(rounded.loss),
+            recoverable_mismatch=relative(rounded.mismatch),
+            damping=rounded.damping if rounded.damping else None,
+            tokens=stats.tokens,
+            seconds=seconds * len(target.rows),
+            note="; ".join(filter(None, [note, rounded.note])),
+        )

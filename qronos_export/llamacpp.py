@@ -1,0 +1,365 @@
+"""Finds llama.cpp's tools, runs them, and turns what they print into numbers.
+
+The tools are real programs on this machine; this module never downloads or builds (llamacpp_build.py does) and never
+guesses a number that a tool did not print. A file a tool writes appears whole or not at all.
+"""
+
+import os
+import re
+import shutil
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from qronos_export import llamacpp_log as log
+from qronos_export.cache import cache_folder
+from qronos_export.errors import CalibrationError, CheckpointError, LlamaCppError, OutputError, UsageError
+from qronos_export.process import run
+
+PINNED = "b11549"
+VARIABLE = "QRONOS_EXPORT_LLAMACPP"
+TOOLS = ("llama-perplexity", "llama-quantize", "llama-imatrix", "llama-completion")
+INSTALLED = "`qronos-export llamacpp install`"  # the origin of our own
+CONVERTER = "convert_hf_to_gguf.py"
+
+OnChunk = Callable[[int, int], None]  # (chunks done, chunks in all)
+
+
+@dataclass(frozen=True)
+class LlamaCpp:
+    """One set of tools: where they are, what they are, and why these.
+
+    `source` is the folder of the converter with its own `conversion/` and `gguf-py/`, which belong together.
+    `threads` None leaves the choice to llama.cpp; `time_limit` is in seconds, for each run of a tool.
+    """
+
+    bin_folder: Path
+    source: Path | None
+    version: str  # "b11549 (xllamacpp)"
+    origin: str
+    threads: int | None = None
+    time_limit: float = 24 * 3600.0
+
+    def convert(self, checkpoint: Path, destination: Path, outtype: str) -> Path:
+        """A Hugging Face folder as one float GGUF file; `outtype`: f32, f16, bf16 or auto.
+
+        Runs upstream's converter in this Python, offline. Raises CheckpointError when llama.cpp does not know the
+        architecture or the tokenizer.
+        """
+        if self.source is None:
+            raise LlamaCppError(
+                f"{self.bin_folder} has llama.cpp's tools but no source with {CONVERTER} beside it; none is cached. "
+                f"Run `qronos-export llamacpp install`, or point {VARIABLE} at a llama.cpp checkout with build/bin."
+            )
+        if not (checkpoint / "config.json").is_file():
+            raise CheckpointError(f"{checkpoint} has no config.json; expected the folder of a Hugging Face checkpoint.")
+        printed: list[str] = []
+        # PyPI's gguf carries upstream's version number but not upstream's code, and the converter crashes with it.
+        modules = os.pathsep.join(filter(None, [str(self.source / "gguf-py"), os.environ.get("PYTHONPATH")]))
+        environment = {"PYTHONPATH": modules, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "PYTHONUTF8": "1"}
+        with _whole(destination) as partial:
+            arguments: list[str | Path] = [checkpoint.absolute(), "--outfile", partial, "--outtype", outtype]
+            command: list[str | Path] = [sys.executable, self.source / CONVERTER, *arguments]
+            try:
+                run(command, time_limit=self.time_limit, on_line=printed.append, environment=environment)
+            except LlamaCppError as error:
+                raise _refused(checkpoint, printed, self.version) or error from None
+        return destination
+
+    def quantize(
+        self,
+        source: Path,
+        destination: Path,
+        ftype: str,
+        *,
+        imatrix: Path | None = None,
+        tensor_types: Mapping[str, str] | None = None,
+        pure: bool = False,
+        options: Sequence[str] = (),
+    ) -> Path:
+        """`llama-quantize`: the file to be beaten. `ftype` as it lists them ("Q4_0", "Q4_K_M"); `tensor_types` maps
+        patterns of tensor names to types; `options` are passed on as they are ("--allow-requantize")."""
+        how = self._quantize_options(ftype, imatrix, tensor_types, pure, options)
+        threads = [str(self.threads)] if self.threads else []
+        with _whole(destination) as partial:
+            self._run("llama-quantize", [*how, _model(source), partial, ftype, *threads])
+        return destination
+
+    def planned_types(
+        self,
+        source: Path,
+        ftype: str,
+        *,
+        imatrix: Path | None = None,
+        tensor_types: Mapping[str, str] | None = None,
+        pure: bool = False,
+        options: Sequence[str] = (),
+    ) -> dict[str, str]:
+        """Tensor name -> type ("Q4_0", "F32") that `quantize` with the same arguments would write, without writing."""
+        how = self._quantize_options(ftype, imatrix, tensor_types, pure, options)
+        planned = log.planned_types(self._run("llama-quantize", [*how, "--dry-run", _model(source), ftype]))
+        if not planned:
+            raise LlamaCppError(f"llama-quantize --dry-run listed no tensors of {source}. {self._hint()}")
+        return planned
+
+    def quantize_types(self) -> list[str]:
+        """The names `llama-quantize` accepts."""
+        command: list[str | Path] = [self.bin_folder / "llama-quantize", "--help"]
+        return log.quantize_types(run(command, time_limit=self.time_limit, exit_codes=(0, 1), hint=self._hint()))
+
+    def vocabulary(self, model: Path) -> int:
+        """Tokens in the file's vocabulary."""
+        # A dry run reads the header only, and prints it.
+        return log.vocabulary(self._run("llama-quantize", ["--dry-run", _model(model), "COPY"]), model)
+
+    def imatrix(
+        self,
+        model: Path,
+        text: Path,
+        destination: Path,
+        *,
+        context: int = 512,
+        chunks: int | None = None,
+        on_chunk: OnChunk | None = None,
+    ) -> Path:
+        """`llama-imatrix`: mean squared activations of `model` on `text`, in the GGUF form `quantize` reads."""
+        with _whole(destination) as partial:
+            self._evaluate(
+                "llama-imatrix", model, text, context, chunks, ["-o", partial], log.Progress(model, text, on_chunk)
+            )
+        return destination
+
+    def perplexity(
+        self,
+        model: Path,
+        text: Path,
+        *,
+        context: int = 512,
+        chunks: int | None = None,
+        logits: Path | None = None,
+        options: Sequence[str] = (),
+        on_chunk: OnChunk | None = None,
+    ) -> log.Perplexity:
+        """Perplexity of `model` over the second half of each chunk of `context` tokens; `logits` also keeps every
+        scored log-probability for `kl_divergence`, in a file of `logits_bytes`.
+
+        `options` go to llama-perplexity as they are, say ("--cache-type-k", "q8_0").
+
+        Raises CalibrationError when the text is shorter than two chunks, OutputError when the disk cannot hold
+        `logits` (before anything is computed), LlamaCppError when the result is not a finite number.
+        """
+        if logits is None:
+            progress = log.Progress(model, text, on_chunk)
+            self._evaluate("llama-perplexity", model, text, context, chunks, options, progress)
+            return log.perplexity(progress.text, model)
+
+        vocabulary = self.vocabulary(model)
+        size = 0
+
+        def check_disk(chunks: int, context: int) -> None:
+            nonlocal size
+            size = logits_bytes(vocabulary, context, chunks)
+            free = shutil.disk_usage(logits.parent).free
+            if size > free:
+                raise OutputError(
+                    f"The reference's log-probabilities need {size / 1e9:.3g} GB in {logits.parent}, which has "
+                    f"{free / 1e9:.3g} GB free. Use fewer than {chunks} --chunks, or set TMPDIR to a larger disk."
+                )
+
+        progress = log.Progress(model, text, on_chunk, on_start=check_disk)
+        with _whole(logits) as partial:
+            more: list[str | Path] = [*options, "--kl-divergence-base", partial]
+            self._evaluate("llama-perplexity", model, text, context, chunks, more, progress)
+            if (written := partial.stat().st_size) != size:  # llama-perplexity does not notice a full disk
+                raise OutputError(
+                    f"llama-perplexity wrote {written} bytes of log-probabilities to {logits.parent}, expected {size}: "
+                    "the disk is full. Use fewer --chunks, or set TMPDIR to a larger disk."
+                )
+        return log.perplexity(progress.text, model)
+
+    def kl_divergence(
+        self, model: Path, logits: Path, *, options: Sequence[str] = (), on_chunk: OnChunk | None = None
+    ) -> log.Divergence:
+        """How far `model` is from the model whose `perplexity` run wrote `logits`, on that run's tokens."""
+        if not logits.is_file():
+            raise OutputError(f"{logits} does not exist; `perplexity(…, logits=…)` of the reference writes it.")
+        context = log.logits_context(logits)
+        progress = log.Progress(model, None, on_chunk)
+        arguments: list[str | Path] = [
+            *options,
+            "-c",
+            str(context),
+            "--kl-divergence-base",
+            logits.absolute(),
+            "--kl-divergence",
+        ]
+        self._measure("llama-perplexity", model, arguments, progress)
+        return log.divergence(progress.text, model)
+
+    def _evaluate(
+        self,
+        tool: str,
+        model: Path,
+        text: Path,
+        context: int,
+        chunks: int | None,
+        options: Sequence[str | Path],
+        progress: log.Progress,
+    ) -> None:
+        if not text.is_file():
+            raise CalibrationError(f"{text} does not exist; expected a text file in UTF-8.")
+        if context < 4 or (chunks is not None and chunks < 1):
+            raise UsageError(f"Cannot measure {chunks} chunks of {context} tokens: at least one chunk of 4 is needed.")
+        part = [] if chunks is None else ["--chunks", str(chunks)]
+        self._measure(tool, model, ["-f", text.absolute(), "-c", str(context), *part, *options], progress)
+
+    def _measure(self, tool: str, model: Path, arguments: Sequence[str | Path], progress: log.Progress) -> None:
+        threads = ["-t", str(self.threads)] if self.threads else []
+        # A NaN among the weights need not show in the result: rounding activations to 8 bits can swallow it.
+        self._run(tool, ["-m", _model(model), "--check-tensors", *arguments, *threads, "--log-jsonl"], progress.feed)
+        progress.raise_errors()
+
+    def _run(self, tool: str, arguments: Sequence[str | Path], on_line: Callable[[str], None] | None = None) -> str:
+        command = [self.bin_folder / tool, *arguments]
+        # OpenMP's threads spin at barriers; where something else wants the cores that doubles the time.
+        sleepy = {"OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "passive")}
+        return run(
+            command,
+            time_limit=self.time_limit,
+            on_line=on_line,
+            environment=sleepy,
+            plain=log.plain,
+            hint=self._hint(),
+        )
+
+    def _hint(self) -> str:
+        if self.version.split()[0] == PINNED:
+            return ""
+        return (
+            f"This is llama.cpp {self.version} from {self.origin}; qronos-export is tested with {PINNED}, "
+            "which `qronos-export llamacpp install` builds."
+        )
+
+    def _quantize_options(
+        self,
+        ftype: str,
+        imatrix: Path | None,
+        tensor_types: Mapping[str, str] | None,
+        pure: bool,
+        options: Sequence[str],
+    ) -> list[str | Path]:
+        if ftype not in (accepted := self.quantize_types()):
+            raise UsageError(f"llama-quantize has no type {ftype!r}; it accepts {', '.join(accepted)}.")
+        how: list[str | Path] = [*options]
+        if imatrix is not None:
+            how += ["--imatrix", _model(imatrix)]
+        for pattern, kind in (tensor_types or {}).items():
+            how += ["--tensor-type", f"{pattern}={kind}"]
+        return [*how, "--pure"] if pure else how
+
+
+def find(explicit: Path | None = None) -> LlamaCpp:
+    """The llama.cpp to use: the folder given, else `$QRONOS_EXPORT_LLAMACPP`, else PATH, else our own installed one.
+
+    A folder may hold the tools, or be a checkout with build/bin, or an install with bin. A place that was named and is
+    wrong is an error, not a reason to look further.
+    """
+    if explicit is not None:
+        return open_folder(explicit, "the folder given")
+    if named := os.environ.get(VARIABLE):
+        return open_folder(Path(named), VARIABLE)
+    if all(shutil.which(tool) for tool in TOOLS):
+        return open_folder(Path(str(shutil.which(TOOLS[0]))).parent, "PATH")
+    if installed_folder().is_dir():
+        return open_folder(installed_folder(), INSTALLED)
+    raise LlamaCppError(
+        "llama.cpp was not found. Looked for its tools in: the folder given (none was), "
+        f"{VARIABLE} (not set), PATH (lacks {', '.join(tool for tool in TOOLS if not shutil.which(tool))}), "
+        f"and {installed_folder()} (does not exist).\n"
+        f"Run `qronos-export llamacpp install` to build {PINNED}, or set {VARIABLE} to the folder of a build."
+    )
+
+
+def open_folder(folder: Path, origin: str) -> LlamaCpp:
+    """The tools in `folder`; `origin` says in messages and reports why it is this one."""
+    if not folder.is_dir():
+        raise LlamaCppError(f"{folder} ({origin}) is not a folder; expected one with llama.cpp's tools in it.")
+    folder = folder.absolute()
+    places = [folder, folder / "bin", folder / "build" / "bin"]
+    bin_folder = next((place for place in places if (place / TOOLS[0]).is_file()), None)
+    if bin_folder is None:
+        raise LlamaCppError(
+            f"{folder} ({origin}) has no {TOOLS[0]}, nor has its bin/ or build/bin/. "
+            f"Expected a folder of built llama.cpp tools: {', '.join(TOOLS)}."
+        )
+    if missing := [tool for tool in TOOLS if not (bin_folder / tool).is_file()]:
+        raise LlamaCppError(f"{bin_folder} ({origin}) lacks {', '.join(missing)}. Build these targets there too.")
+    version = log.version(run([bin_folder / TOOLS[0], "--version"], time_limit=60))
+    return LlamaCpp(bin_folder, _source_of(bin_folder), version, origin)
+
+
+def installed_folder() -> Path:
+    """Where llamacpp_build.install puts the pinned build: bin/ and source/."""
+    return cache_folder() / f"llamacpp-{PINNED}"
+
+
+def logits_bytes(vocabulary: int, context: int, chunks: int) -> int:
+    """Size of the file `--kl-divergence-base` writes, to the byte.
+
+    8 bytes "_logits_" | u32 context, vocabulary, chunks | i32 token[chunks·context]
+    then for each scored token, of which a chunk has context − 1 − ⌊context/2⌋:
+    f32 scale, f32 minimum | u16 log-probability[vocabulary, rounded up to even]
+    """
+    scored = chunks * (context - 1 - context // 2)
+    return 8 + 3 * 4 + 4 * chunks * context + scored * (2 * 4 + 2 * (vocabulary + vocabulary % 2))
+
+
+def _source_of(bin_folder: Path) -> Path | None:
+    """The source the tools were built from where that can be told, else the pinned one where it is installed."""
+    build = bin_folder.resolve().parent
+    places = [build / "source", build.parent]
+    settings = build / "CMakeCache.txt"
+    if settings.is_file() and (home := re.search(r"^CMAKE_HOME_DIRECTORY:INTERNAL=(.+)$", settings.read_text(), re.M)):
+        places.insert(0, Path(home[1]))
+    places.append(installed_folder() / "source")
+    return next((place for place in places if (place / CONVERTER).is_file() and (place / "gguf-py").is_dir()), None)
+
+
+def _model(path: Path) -> Path:
+    """Absolute, so that no name is taken for an option; links stay, since a split file finds its parts by name."""
+    if not path.is_file():
+        raise CheckpointError(f"{path} does not exist; expected a GGUF file.")
+    return path.absolute()
+
+
+def _refused(checkpoint: Path, printed: Sequence[str], version: str) -> CheckpointError | None:
+    """The converter's two refusals that are about the model, not about us."""
+    text = "\n".join(printed)
+    if unknown := re.search(r"Model (\S+) is not supported", text):
+        return CheckpointError(
+            f"{checkpoint}: llama.cpp {version} does not know the architecture {unknown[1]}, so there is no GGUF form "
+            f"of it. A newer llama.cpp may: build one and set {VARIABLE} to its folder."
+        )
+    if "pre-tokenizer was not recognized" in text:
+        fingerprint = re.search(r"chkhsh:\s*(\w+)", text)
+        return CheckpointError(
+            f"{checkpoint}: llama.cpp {version} does not recognise its tokenizer"
+            f"{f' (fingerprint {fingerprint[1]})' if fingerprint else ''}, which it knows by how a test string is "
+            "split. Check that tokenizer.json is the original one, or use a llama.cpp that knows it."
+        )
+    return None
+
+
+@contextmanager
+def _whole(destination: Path) -> Iterator[Path]:
+    """A name beside `destination` to write to, which takes its place on success and vanishes on failure."""
+    if not destination.parent.is_dir():
+        raise OutputError(f"Cannot write {destination}: the folder {destination.parent} does not exist.")
+    partial = destination.absolute().with_name(f".partial-{os.getpid()}-{destination.name}")
+    try:
+        yield partial
+        partial.replace(destination)
+    finally:
+        partial.unlink(missing_ok=True)

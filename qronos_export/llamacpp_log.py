@@ -1,0 +1,236 @@
+"""What llama.cpp's tools print, as numbers. Text in, dataclasses out; runs nothing.
+
+Formats are those of b11549. The measuring tools are run with `--log-jsonl`: one object a line, whose `msg` need not be
+a whole line, so messages are joined before anything is searched in them.
+"""
+
+import json
+import math
+import re
+import struct
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from qronos_export.errors import CalibrationError, LlamaCppError, OutputError
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """`error` is one standard deviation of the mean; the first half of each chunk is context and not scored."""
+
+    value: float
+    error: float
+    chunks: int
+    context: int
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """Kullback-Leibler divergence of a model from its reference: nats per scored token. Errors are one standard
+    deviation of the mean; `same_top` and `rms_delta_p` are percent, as llama.cpp gives them.
+
+    `perplexity_reference` comes from the reference's stored log-probabilities, clamped at 16 nats below the best: take
+    the reference's own `Perplexity` where the number matters.
+    """
+
+    perplexity: float
+    perplexity_error: float
+    perplexity_reference: float
+    ln_ratio: float  # mean ln(perplexity / perplexity_reference)
+    ln_ratio_error: float
+    mean: float
+    error: float
+    median: float
+    percentile_90: float
+    percentile_99: float
+    maximum: float
+    same_top: float
+    same_top_error: float
+    rms_delta_p: float
+    rms_delta_p_error: float
+    chunks: int
+    context: int
+
+
+class Progress:
+    """Reads a measuring tool's `--log-jsonl` while it runs: collects its text and errors, counts chunks.
+
+    `on_start` is told (chunks, context) before the first chunk is computed, and may raise to stop the tool.
+    """
+
+    def __init__(
+        self,
+        model: Path,
+        text_file: Path | None,
+        on_chunk: Callable[[int, int], None] | None = None,
+        on_start: Callable[[int, int], None] | None = None,
+    ) -> None:
+        self.text = ""
+        self._model = model
+        self._text_file = text_file
+        self._on_chunk = on_chunk
+        self._on_start = on_start
+        self._errors: list[str] = []
+        self._chunks = 0
+
+    def feed(self, line: str) -> None:
+        entry = _entry(line)
+        if entry is None:
+            self.text += line + "\n"  # printed before logging starts, or by a library
+            return
+        if entry.get("type") != "log":
+            return
+        message = str(entry["msg"])
+        self.text += message
+        if entry["level"] == "error":
+            self._errors.append(message.strip())
+            self._raise_if_hopeless()
+        if started := _START.search(message):
+            self._chunks = int(started[1])
+            if self._on_start:
+                self._on_start(self._chunks, int(started[2]))
+        elif self._on_chunk and (chunk := re.match(r"\[(\d+)\]|\s*(\d+)$", message)):
+            self._on_chunk(int(chunk[1] or chunk[2]), self._chunks)
+
+    def raise_errors(self) -> None:
+        """llama-perplexity can report an error, a failed batch say, and still exit with 0."""
+        if self._errors:
+            raise LlamaCppError(
+                f"llama.cpp could not measure {self._model}:\n" + "\n".join(f"    {e}" for e in self._errors)
+            )
+
+    def _raise_if_hopeless(self) -> None:
+        """Errors after which the tool exits with 0, or computes on with what is not there."""
+        errors = "\n".join(self._errors)
+        needed = re.search(r"need at least (\d+) tokens", errors)
+        present = re.search(r"tokenizes to only (\d+) tokens", errors)
+        if needed and present:
+            raise CalibrationError(
+                f"{self._text_file} is too short: {present[1]} tokens, and two chunks need {needed[1]}. "
+                "Use a longer text or a smaller --context."
+            )
+        if differ := re.search(r"inconsistent vocabulary \((\d+) vs (\d+)\)", errors):
+            raise LlamaCppError(
+                f"{self._model} has {differ[2]} tokens in its vocabulary and the reference has {differ[1]}: "
+                "it is not a quantization of that model. Compare it with the model it was made from."
+            )
+
+
+_START = re.compile(r"(?:calculating perplexity|computing) over (\d+) chunks, n_ctx=(\d+)")
+_NUMBER = r"([-+]?(?:\d+(?:\.\d+)?(?:e[-+]?\d+)?|nan|inf))"
+
+
+def perplexity(text: str, model: Path) -> Perplexity:
+    chunks, context = _start(text, model)
+    value, error = _values(text, rf"Final estimate: PPL = {_NUMBER} \+/- {_NUMBER}", model)
+    return Perplexity(value, error, chunks, context)
+
+
+def divergence(text: str, model: Path) -> Divergence:
+    chunks, context = _start(text, model)
+    table = re.sub(" +", " ", text)
+
+    def single(label: str) -> float:
+        (value,) = _values(table, rf"^ ?{re.escape(label)} ?: {_NUMBER}", model)
+        return value
+
+    def pair(label: str) -> tuple[float, float]:
+        value, error = _values(table, rf"^ ?{re.escape(label)} ?: {_NUMBER} ± {_NUMBER}", model)
+        return value, error
+
+    perplexity, perplexity_error = pair("Mean PPL(Q)")
+    ln_ratio, ln_ratio_error = pair("Mean ln(PPL(Q)/PPL(base))")
+    mean, error = pair("Mean KLD")
+    same_top, same_top_error = pair("Same top p")
+    rms_delta_p, rms_delta_p_error = pair("RMS Δp")
+    return Divergence(
+        perplexity=perplexity,
+        perplexity_error=perplexity_error,
+        perplexity_reference=single("Mean PPL(base)"),
+        ln_ratio=ln_ratio,
+        ln_ratio_error=ln_ratio_error,
+        mean=mean,
+        error=error,
+        median=single("Median KLD"),
+        percentile_90=single("90.0% KLD"),
+        percentile_99=single("99.0% KLD"),
+        maximum=single("Maximum KLD"),
+        same_top=same_top,
+        same_top_error=same_top_error,
+        rms_delta_p=rms_delta_p,
+        rms_delta_p_error=rms_delta_p_error,
+        chunks=chunks,
+        context=context,
+    )
+
+
+def logits_context(logits: Path) -> int:
+    """Tokens a chunk in a `--kl-divergence-base` file."""
+    with logits.open("rb") as file:
+        head = file.read(12)
+    if len(head) < 12 or not head.startswith(b"_logits_"):
+        raise OutputError(f"{logits} is not a file of log-probabilities that llama-perplexity wrote.")
+    return int(struct.unpack("<I", head[8:])[0])
+
+
+def planned_types(text: str) -> dict[str, str]:
+    """From `llama-quantize --dry-run`; a tensor without an arrow keeps the type it has."""
+    tensor = re.compile(r"^\[ *\d+/ *\d+\] +(\S+) +- \[[^]]*\], type = *(\w+), size =[^>\n]*(?:> .*\((\w+)\))?", re.M)
+    return {name: (new or old).upper() for name, old, new in tensor.findall(text)}
+
+
+def quantize_types(text: str) -> list[str]:
+    """From `llama-quantize --help`, whose list reads "  15  or  Q4_K_M  :  4.58G…"."""
+    return re.findall(r"^ *(?:\d+ +or)? +([A-Z]\w*) +: ", text, re.M)
+
+
+def vocabulary(text: str, model: Path) -> int:
+    """From the header a tool prints while loading."""
+    tokens = re.search(r"tokenizer\.ggml\.tokens +arr\[str,(\d+)\]", text)
+    if tokens is None:
+        raise LlamaCppError(f"{model} has no vocabulary (tokenizer.ggml.tokens), so no text can be measured with it.")
+    return int(tokens[1])
+
+
+def version(text: str) -> str:
+    """From `--version`: "version: 0.6.0-dev (build 11549, commit xllamacpp)", formerly "version: 6000 (1a2b3c4)"."""
+    for pattern in (r"version: .*\(build (\d+), commit (\S+)\)", r"version: (\d+) \((\S+)\)"):
+        if found := re.search(pattern, text):
+            return f"b{found[1]} ({found[2]})"
+    raise LlamaCppError(f"This does not look like llama.cpp: --version printed\n    {text.strip()}")
+
+
+def plain(line: str) -> str:
+    """A line of `--log-jsonl` as a person reads it."""
+    entry = _entry(line)
+    return str(entry["msg"]).rstrip() if entry and entry.get("type") == "log" else line
+
+
+def _entry(line: str) -> dict[str, object] | None:
+    if not line.startswith("{"):
+        return None
+    try:
+        entry = json.loads(line)
+    except json.JSONDecodeError:
+        return None
+    return entry if isinstance(entry, dict) else None
+
+
+def _start(text: str, model: Path) -> tuple[int, int]:
+    if (started := _START.search(text)) is None:
+        raise LlamaCppError(f"llama.cpp did not say how many chunks of {model} it measured; {_OTHER}")
+    return int(started[1]), int(started[2])
+
+
+def _values(text: str, pattern: str, model: Path) -> list[float]:
+    found = re.search(pattern, text, re.M)
+    if found is None:
+        raise LlamaCppError(f"llama.cpp printed no line like {pattern!r} for {model}; {_OTHER}")
+    values = [float(value) for value in found.groups()]
+    if not all(map(math.isfinite, values)):
+        raise LlamaCppError(f"{model} gives numbers that are not finite: {found[0].strip()!r}. Its weights are broken.")
+    return values
+
+
+_OTHER = "its output format is another one. `qronos-export llamacpp install` builds a version that is known to work."

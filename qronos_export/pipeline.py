@@ -1,0 +1,297 @@
+"""The whole run, read top to bottom: checkpoint → two streams → rounding → blocks → GGUF → llama.cpp → report.
+
+`run` is a generator of events and prints nothing; the command line, a notebook or a test draws them as it likes.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from qronos_export import calibration, corpus, report
+from qronos_export.artifact import gguf
+from qronos_export.calibration import Clock, Group, Matrix
+from qronos_export.checkpoint import Checkpoint, LazyModel, open_checkpoint
+from qronos_export.errors import OutputError, UsageError
+from qronos_export.layers import round_group
+from qronos_export.llamacpp import LlamaCpp
+from qronos_export.plan import Plan, quantized_names
+from qronos_export.recipe import Recipe
+from qronos_export.report import Artifact, LayerReport, RunReport
+from qronos_export.rounding import ROUNDERS, Settings
+from qronos_export.statistics import LayerStats
+from qronos_export.validation import Reference, Validation
+
+OUTTYPES = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A phase of the run begins; `steps` of it will be announced, or None where that cannot be told."""
+
+    name: str
+    steps: int | None = None
+
+
+@dataclass(frozen=True)
+class Step:
+    """`done` steps of the current stage are finished; `layer` is the last tensor rounded, if any."""
+
+    done: int
+    layer: LayerReport | None = None
+
+
+@dataclass(frozen=True)
+class Finished:
+    report: RunReport
+    folder: Path
+
+
+Event = Stage | Step | Finished
+
+
+@dataclass(frozen=True)
+class Held:
+    """Held-out text to validate on: `chunks` chunks of `context` tokens of `text` (None: a text that Python ships)."""
+
+    text: Path | None = None
+    context: int = 512
+    chunks: int | None = 40
+
+
+def run(recipe: Recipe, output: Path, *, llamacpp: LlamaCpp, held: Held | None, force: bool = False) -> Iterator[Event]:
+    """Quantize by `recipe` into `output`/<model>-<format>.gguf and report.json; `held` None skips validation.
+
+    Raises QronosError; then, and when interrupted, nothing partial is left in `output`.
+    """
+    begun = time.perf_counter()
+    device = pick_device(recipe.device)
+    yield Stage("load")
+    checkpoint = open_checkpoint(recipe.model)
+    artifact = output / f"{checkpoint.name}-{recipe.format}.gguf"
+    report_path = output / "report.json"
+    with workspace(output, [artifact, report_path], force) as folder:
+        _check_space(checkpoint, folder)
+        text = held_out_file(held, folder) if held else None
+        clock = Clock()
+        source = gguf.GGUFFile(float_file(checkpoint, llamacpp, folder))
+        types = llamacpp.planned_types(source.path, recipe.format)
+        names = quantized_names(source, types, recipe.format)
+        plan = Plan(source, gguf.RowIndex(source, names), types)
+        model = LazyModel(checkpoint, device)
+        clock.lap("load")
+
+        result = RunReport(
+            model={"name": checkpoint.name, "source": checkpoint.source, "revision": checkpoint.revision},
+            recipe=recipe.to_json(),
+            versions=report.versions(llamacpp.version),
+            device=str(device),
+        )
+        store = gguf.BlockStore(folder / "blocks")
+        if recipe.method == "rtn":
+            rounded = round_to_nearest(model, plan, store, clock)
+        else:
+            yield Stage("calibration text")
+            tokens = corpus.calibration_tokens(
+                recipe.calibration,
+                checkpoint,
+                samples=recipe.samples,
+                length=recipe.sequence_length,
+                seed=recipe.seed,
+                device=device,
+            )
+            clock.lap("calibration")
+            result.calibration = {"text": tokens.description, "tokens": tokens.tokens.numel(), "sha256": tokens.sha256}
+            rounded = calibrate(model, plan, store, tokens.tokens.to(device), recipe, clock)
+
+        yield Stage("layers", len(names))
+        for layer in rounded:
+            result.layers.append(layer)
+            yield Step(len({each.tensor for each in result.layers}), layer)
+        result.kept = [
+            {"tensor": name, "type": source.tensors[name].type, "why": "its rows are no rows of a weight we calibrate"}
+            for name in plan.unclaimed
+        ]
+
+        yield Stage("write")
+        clock.lap(None)
+        fresh = folder / artifact.name
+        gguf.write_gguf(source, store, recipe.format, fresh)
+        gguf.verify_gguf(fresh, source, store)
+        bits = gguf.bits_per_weight(fresh)
+        result.artifacts = [Artifact(artifact.name, fresh.stat().st_size, bits, report.sha256(fresh))]
+        fresh.replace(artifact)
+        clock.lap("write")
+        result.seconds = {**clock.seconds, "total": time.perf_counter() - begun}
+        result.peak_memory_bytes = report.peak_memory()
+        result.write(report_path)
+
+        if held and text:
+            yield Stage("validate")
+            with Reference(
+                source.path, text, llamacpp=llamacpp, workspace=folder, context=held.context, chunks=held.chunks
+            ) as reference:
+                result.validation = reference.compare(artifact).to_json()
+            clock.lap("validate")
+            result.seconds = {**clock.seconds, "total": time.perf_counter() - begun}
+            result.write(report_path)
+    yield Finished(result, output)
+
+
+def prove(file: Path, reference: str, held: Held, *, llamacpp: LlamaCpp) -> Validation:
+    """Measure `file` against its float model `reference`: a .gguf as it is, any other MODEL converted first."""
+    with tempfile.TemporaryDirectory(prefix="qronos-export-") as scratch:
+        folder = Path(scratch)
+        text = held_out_file(held, folder)
+        model = Path(reference)
+        if model.suffix != ".gguf":
+            model = float_file(open_checkpoint(reference), llamacpp, folder)
+        with Reference(
+            model, text, llamacpp=llamacpp, workspace=folder, context=held.context, chunks=held.chunks
+        ) as measured:
+            return measured.compare(file)
+
+
+def calibrate(
+    model: LazyModel, plan: Plan, store: gguf.BlockStore, tokens: torch.Tensor, recipe: Recipe, clock: Clock
+) -> Iterator[LayerReport]:
+    """Embedding, every block, head: both streams side by side; yields each tensor as it is rounded."""
+    rounder = ROUNDERS[recipe.method]
+    settings = Settings(recipe.damping, recipe.shrinkage, recipe.order)
+    decoder = calibration.Decoder(model.model.get_decoder(), model.blocks)
+
+    clock.lap(None)
+    embedding = _embedding_group(model, plan)
+    yield from round_group(embedding, plan, ROUNDERS["rtn"], settings, store)
+    clock.lap("rounding")
+    batches = calibration.enter(decoder, model.embedding, embedding.matrices[0].quantized, tokens, recipe.micro_batch)
+    del embedding
+    clock.lap("forward")
+
+    for index, name in enumerate(model.block_names):
+        clock.lap(None)
+        module = model.load_block(index)
+        plan.forget()
+        plan.claim(calibration.block_matrices(module, name))
+        clock.lap("load")
+        stops = calibration.walk(module, index, name, batches, lambda weight: bool(plan.targets(weight)), clock)
+        for groups in stops:
+            for group in groups:
+                layers = list(round_group(group, plan, rounder, settings, store))
+                clock.lap("rounding")
+                yield from layers
+        model.release_block(index)
+
+    if model.head is not None and not model.tied:
+        head = _head_matrix(model, plan)
+        if plan.targets(head.name):
+            stats = calibration.head_statistics(decoder, batches, clock)
+            yield from round_group(Group([head], stats), plan, rounder, settings, store)
+            clock.lap("rounding")
+
+
+def round_to_nearest(model: LazyModel, plan: Plan, store: gguf.BlockStore, clock: Clock) -> Iterator[LayerReport]:
+    """Every tensor on its own, without calibration."""
+    rtn, settings = ROUNDERS["rtn"], Settings(0.0, 0.0, "natural")
+    clock.lap(None)
+    yield from round_group(_embedding_group(model, plan), plan, rtn, settings, store)
+    for index, name in enumerate(model.block_names):
+        weights = calibration.block_matrices(model.load_block(index), name)
+        plan.forget()
+        plan.claim(weights)
+        clock.lap("load")
+        for weight_name, weight in weights.items():
+            group = Group([Matrix(weight_name, weight, weight)], LayerStats(0))
+            yield from round_group(group, plan, rtn, settings, store)
+        clock.lap("rounding")
+        model.release_block(index)
+    if model.head is not None and not model.tied:
+        yield from round_group(Group([_head_matrix(model, plan)], LayerStats(0)), plan, rtn, settings, store)
+    clock.lap("rounding")
+
+
+def _embedding_group(model: LazyModel, plan: Plan) -> Group:
+    """The embedding, to be rounded to nearest: each of its rows is read alone, so there is nothing to correlate."""
+    weight = model.embedding.weight.detach()
+    plan.claim({"embedding": weight})
+    return Group([Matrix("embedding", weight, weight.clone())], LayerStats(0))
+
+
+def _head_matrix(model: LazyModel, plan: Plan) -> Matrix:
+    assert model.head is not None
+    weight = model.head.weight.detach()
+    plan.claim({"head": weight})
+    return Matrix("head", weight, weight)
+
+
+def pick_device(name: str) -> torch.device:
+    """`auto` is the first GPU, or the CPU. Raises UsageError for a device torch does not have."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UsageError(
+            f"--device {name} is not available here ({str(error).splitlines()[0]}); try auto or cpu."
+        ) from error
+    return device
+
+
+def float_file(checkpoint: Checkpoint, llamacpp: LlamaCpp, folder: Path) -> Path:
+    """The checkpoint as upstream's converter writes it, in the dtype it is stored in; or the GGUF the user gave."""
+    if checkpoint.float_gguf is not None:
+        return checkpoint.float_gguf
+    destination = folder / f"{checkpoint.name}-float.gguf"
+    llamacpp.convert(checkpoint.folder, destination, OUTTYPES.get(checkpoint.dtype, "f32"))
+    return destination
+
+
+def held_out_file(held: Held, folder: Path) -> Path:
+    """The text to validate on, as a file. Raises UsageError where the user's does not exist."""
+    if held.text is not None:
+        if not held.text.is_file():
+            raise UsageError(f"--text {held.text} does not exist; give a text file in UTF-8, or leave it out.")
+        return held.text
+    path = folder / "held-out.txt"
+    path.write_text(corpus.held_out_text(), encoding="utf-8")
+    return path
+
+
+@contextmanager
+def workspace(output: Path, results: list[Path], force: bool) -> Iterator[Path]:
+    """A scratch folder inside `output`, gone afterwards. Raises OutputError where results exist already."""
+    if occupied := [path for path in results if path.exists()]:
+        if not force:
+            raise OutputError(f"{occupied[0]} exists already; choose another --output, or --force to replace it.")
+    made = [path for path in (output, *output.parents) if not path.exists()]
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix=".qronos-export-", dir=output))
+    except OSError as error:
+        raise OutputError(f"Cannot write to {output}: {error.strerror}.") from error
+    try:
+        yield folder
+    except OSError as error:
+        raise OutputError(f"Writing to {output} failed: {error}.") from error
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        for path in made:
+            if path.is_dir() and not any(path.iterdir()):
+                path.rmdir()
+
+
+def _check_space(checkpoint: Checkpoint, folder: Path) -> None:
+    """The float file and two copies of the quantized one live in the output folder for a while."""
+    needed = sum(path.stat().st_size for path in checkpoint.folder.glob("*.safetensors"))
+    needed = 2 * needed if checkpoint.float_gguf is None else needed
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise OutputError(f"{folder.parent} has {free / 1e9:.3g} GB free, {needed / 1e9:.3g} GB are needed on the way.")

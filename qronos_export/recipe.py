@@ -1,0 +1,93 @@
+"""A recipe: everything that decides the bytes of a quantized file. Frozen, complete, round-trips through YAML."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from qronos_export.errors import UsageError
+
+METHODS = ("qronos", "gptq", "gpfq", "rtn")
+ORDERS = ("natural", "descending")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What to quantize and how. The defaults are measured ones: docs/measurements.md.
+
+    model:            folder with config.json and safetensors, hub id, float .gguf, or `demo`.
+    format:           a type or mix by llama.cpp's name, e.g. Q4_0.
+    method:           qronos, gptq, gpfq or rtn.
+    damping:          α in λ = α · mean(diag H).
+    shrinkage:        β in G_β = H + β(G − H): how far the measured mismatch of the two streams is trusted.
+    order:            natural (scales follow the diffused weights) or descending (by diag H, scales fixed beforehand).
+    calibration:      a text file, `hf:NAME[:CONFIG[:SPLIT]]`, or `self` for text sampled from the model.
+    samples, sequence_length: calibration tokens = samples × sequence_length.
+    micro_batch:      sequences run at a time.
+    """
+
+    model: str
+    format: str = "Q4_0"
+    method: str = "qronos"
+    damping: float = 1e-2
+    shrinkage: float = 0.5
+    order: str = "natural"
+    calibration: str = "self"
+    samples: int = 128
+    sequence_length: int = 512
+    seed: int = 0
+    micro_batch: int = 8
+    device: str = "auto"
+
+    def __post_init__(self) -> None:
+        _one_of("method", self.method, METHODS)
+        _one_of("order", self.order, ORDERS)
+        for name in ("samples", "sequence_length", "micro_batch"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"{name} is {getattr(self, name)}; expected at least 1.")
+        if not (math.isfinite(self.damping) and self.damping >= 0):
+            raise UsageError(f"damping is {self.damping}; expected a number ≥ 0, typically 1e-6 … 1e-1.")
+        if not 0 <= self.shrinkage <= 1:
+            raise UsageError(f"shrinkage is {self.shrinkage}; expected a number from 0 (GPTQ) to 1 (trust fully).")
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+RECIPE_FIELDS = tuple(field.name for field in fields(Recipe))
+
+
+def load_recipe(path: Path, **overrides: Any) -> Recipe:
+    """The recipe in a YAML file; `overrides` win. Raises UsageError naming unknown or ill-typed keys."""
+    import yaml
+
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UsageError(f"{path} cannot be read as a recipe: {error}") from error
+    if not isinstance(data, dict):
+        raise UsageError(f"{path} is not a recipe: expected `key: value` lines, such as `format: Q4_0`.")
+    return recipe_from({**data, **overrides}, str(path))
+
+
+def recipe_from(data: dict[str, Any], where: str) -> Recipe:
+    """A recipe from plain data, e.g. a report's `recipe`. `where` names the data in errors."""
+    types = {field.name: field.type for field in fields(Recipe)}
+    if unknown := sorted(set(data) - set(types)):
+        raise UsageError(f"{where}: unknown key {unknown[0]!r}; a recipe has {', '.join(types)}.")
+    if "model" not in data:
+        raise UsageError(f"{where} names no model; give MODEL on the command line or add `model: …`.")
+    checked = {}
+    for key, value in data.items():
+        kinds: tuple[type, ...] = {"str": (str,), "int": (int,), "float": (int, float)}[str(types[key])]
+        if not isinstance(value, kinds) or isinstance(value, bool):
+            raise UsageError(f"{where}: {key} is {value!r}; expected {types[key]}.")
+        checked[key] = float(value) if types[key] == "float" else value
+    return Recipe(**checked)
+
+
+def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise UsageError(f"{name} is {value!r}; expected one of {', '.join(allowed)}.")

@@ -1,0 +1,95 @@
+"""What a run did, as one JSON document with stable, versioned keys."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import resource
+import sys
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One tensor of the artifact.
+
+    error:                squared output error of the rounding against its target, relative to the layer's squared
+                          output on calibration tokens; for methods without calibration, of the weights themselves.
+    recoverable_mismatch: squared output error from the streams' mismatch that weights can undo, same unit.
+    damping:              the λ used, in units of H.
+    """
+
+    name: str
+    tensor: str
+    format: str
+    method: str
+    error: float | None
+    recoverable_mismatch: float | None
+    damping: float | None
+    tokens: int
+    seconds: float
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Artifact:
+    path: str
+    bytes: int
+    bits_per_weight: float
+    sha256: str
+
+
+@dataclass
+class RunReport:
+    """Filled by the pipeline; `write` puts it beside the artifact."""
+
+    model: dict[str, Any]
+    recipe: dict[str, Any]
+    versions: dict[str, str]
+    device: str
+    calibration: dict[str, Any] | None = None
+    artifacts: list[Artifact] = field(default_factory=list)
+    layers: list[LayerReport] = field(default_factory=list)
+    kept: list[dict[str, str]] = field(default_factory=list)
+    validation: dict[str, Any] | None = None
+    seconds: dict[str, float] = field(default_factory=dict)
+    peak_memory_bytes: int = 0
+    schema: int = SCHEMA
+
+    def to_json(self) -> dict[str, Any]:
+        data = asdict(self)
+        return {"schema": data.pop("schema"), **data}
+
+    def write(self, path: Path) -> None:
+        """Whole or not at all."""
+        partial = path.with_name(f".{path.name}.{os.getpid()}")
+        partial.write_text(json.dumps(self.to_json(), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        partial.replace(path)
+
+
+def versions(llama_cpp: str) -> dict[str, str]:
+    """Of everything that touched the bytes."""
+    packages = ("qronos-export", "torch", "transformers", "safetensors", "gguf", "numpy")
+    return {
+        "python": platform.python_version(),
+        **{package: version(package) for package in packages},
+        "llama_cpp": llama_cpp,
+    }
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def peak_memory() -> int:
+    """Largest resident set of this process so far, in bytes; on a GPU, of its memory pool."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -1,0 +1,11 @@
+"""Rounders: a weight, its layer's statistics and a format in; storable blocks out. One file and one line below each."""
+
+from qronos_export.rounding.gpfq import gpfq
+from qronos_export.rounding.gptq import gptq
+from qronos_export.rounding.qronos import qronos
+from qronos_export.rounding.rounded import Rounded, Rounder, Settings
+from qronos_export.rounding.rtn import rtn
+
+ROUNDERS: dict[str, Rounder] = {"qronos": qronos, "gptq": gptq, "gpfq": gpfq, "rtn": rtn}
+
+__all__ = ["ROUNDERS", "Rounded", "Rounder", "Settings", "gpfq", "gptq", "qronos", "rtn"]

@@ -1,0 +1,38 @@
+"""GPTQ (arXiv 2210.17323): error diffusion with the quantized stream's Hessian; and the sweep it shares with Qronos."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from formats import BlockFormat, QuantizedWeight
+from qronos_export.rounding.least_squares import Normal, SingularError, normal_equations
+from qronos_export.rounding.rounded import Rounded, Settings
+from qronos_export.rounding.rtn import rtn
+from qronos_export.rounding.sweep import sweep
+from qronos_export.statistics import LayerStats
+
+
+def gptq(weight: Tensor, stats: LayerStats, fmt: BlockFormat, settings: Settings) -> Rounded:
+    """Round `weight` [rows, columns] so that X̂q stays close to X̂w."""
+    fmt.check(weight.shape[1])
+    try:
+        normal = normal_equations(stats, settings.damping, settings.order)
+    except SingularError as error:
+        return rtn(weight, stats, fmt, settings, note=f"{error}; rounded to nearest")
+    _, mismatch = normal.project(weight, 0.0)
+    return diffuse(weight, normal, fmt, "gptq", mismatch)
+
+
+def diffuse(
+    target: Tensor, normal: Normal, fmt: BlockFormat, method: str, mismatch: Tensor, first: Tensor | None = None
+) -> Rounded:
+    """Sweep `target` [rows, columns]; the loss follows from the bookkeeping Σ e_t² / U_tt², exactly and for free."""
+    grid = None if normal.order is None else fmt.fit(target, normal.pivots)
+    codes, grid, errors = sweep(
+        target, normal.feedback, fmt, importance=normal.pivots, order=normal.order, grid=grid, first=first
+    )
+    loss = torch.einsum("tr,t->r", errors.square_(), normal.upper.diagonal().pow(-2).to(errors.dtype))
+    rows, columns = target.shape
+    packed = QuantizedWeight(fmt, fmt.pack(codes, grid), (rows, columns))
+    return Rounded(packed, loss, mismatch, normal.damping, method, normal.note)

@@ -1,0 +1,111 @@
+"""The damped normal equations behind GPTQ and Qronos: factorization, projection, column order.
+
+    U upper triangular with UᵀU = (H + λI)⁻¹,   λ = α · mean(diag H)
+
+With R upper triangular and RRᵀ = H + λI (a Cholesky factorization from the last column to the first), U = R⁻¹. One
+factorization and one triangular inverse, in float64; GPTQ's textbook route takes two factorizations and a full inverse.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from qronos_export.statistics import LayerStats
+
+_TRIES = 3
+
+
+class SingularError(ArithmeticError):
+    """H + λI stayed indefinite after damping was raised three times."""
+
+
+@dataclass(frozen=True)
+class Normal:
+    """One group's normal equations, in sweep order.
+
+    hessian, cross: float32 [features, features] with dead columns replaced by the identity, in storage order.
+    upper:          U, float64, in sweep order.
+    damping:        the λ that was needed, in units of H.
+    note:           empty, or what had to be done differently.
+    """
+
+    hessian: Tensor
+    cross: Tensor
+    upper: Tensor
+    damping: float
+    order: Tensor | None
+    note: str
+
+    @property
+    def feedback(self) -> Tensor:
+        """M_ts = U_ts / U_tt, float32."""
+        return (self.upper / self.upper.diagonal()[:, None]).to(torch.float32)
+
+    @property
+    def pivots(self) -> Tensor:
+        """1 / U_tt² in storage order: the loss per squared error of a column whose successors compensate. [features]"""
+        pivots = self.upper.diagonal().pow(-2).to(torch.float32)
+        if self.order is None:
+            return pivots
+        return torch.empty_like(pivots).scatter_(0, self.order, pivots)
+
+    def project(self, weight: Tensor, shrinkage: float) -> tuple[Tensor, Tensor]:
+        """The least-squares weights V = W(G_β + λI)(H + λI)⁻¹ for inputs X̂ and outputs XWᵀ, G_β = H + β(G − H).
+
+        Returns V [rows, features] and, per row, the squared output error that V recovers at β = 1:
+        W(G − H)(H + λI)⁻¹(G − H)ᵀWᵀ, what GPTQ leaves on the table. [rows]
+        """
+        drift = weight @ (self.cross - self.hessian)
+        ordered = drift if self.order is None else drift[:, self.order]
+        half = ordered.to(self.upper.dtype) @ self.upper.T
+        step = (half @ self.upper).to(torch.float32)
+        if self.order is not None:
+            step = torch.empty_like(step).scatter_(1, self.order.expand_as(step), step)
+        return weight + shrinkage * step, half.square().sum(1).to(torch.float32)
+
+
+def column_order(hessian: Tensor, name: str) -> Tensor | None:
+    """None for `natural`; `descending` sorts by diag H, largest first (ties keep their order)."""
+    if name == "natural":
+        return None
+    if name == "descending":
+        return torch.argsort(hessian.diagonal(), descending=True, stable=True)
+    raise ValueError(f"unknown column order {name!r}; expected natural or descending")
+
+
+def normal_equations(stats: LayerStats, damping: float, order: str) -> Normal:
+    """Factor H + λI with λ = damping · mean(diag H), raising λ tenfold while it is not positive definite.
+
+    Raises SingularError after three tries, ValueError for an unknown order.
+    """
+    hessian, cross = stats.hessian, stats.cross
+    dead = hessian.diagonal() <= 0
+    note = ""
+    if dead.any():
+        hessian, cross = hessian.clone(), cross.clone()
+        hessian[dead, dead] = 1.0
+        cross[:, dead] = 0.0
+        cross[dead, dead] = 1.0
+        note = f"{int(dead.sum())} inputs never active"
+    permutation = column_order(hessian, order)
+    matrix = hessian.to(torch.float64)
+    if permutation is not None:
+        matrix = matrix[permutation][:, permutation]
+    diagonal = hessian.diagonal()
+    scale = float(diagonal[~dead].mean()) if not bool(dead.all()) else 1.0
+    for attempt in range(_TRIES + 1):
+        lam = damping * 10**attempt * scale
+        damped = matrix.flip(0, 1)
+        damped.diagonal().add_(lam)
+        lower, info = torch.linalg.cholesky_ex(damped)
+        if int(info) == 0 and bool(torch.isfinite(lower).all()):
+            identity = torch.eye(stats.features, dtype=torch.float64, device=matrix.device)
+            upper = torch.linalg.solve_triangular(lower, identity, upper=False).flip(0, 1)
+            if attempt:
+                note = "; ".join(filter(None, [note, f"damping raised {10**attempt}-fold"]))
+            return Normal(hessian, cross, upper, lam, permutation, note)
+        damping = damping or 1e-8
+    raise SingularError(f"H + λI is not positive definite up to λ = {lam:.3g}")

@@ -1,0 +1,45 @@
+"""What a rounder is given and what it returns."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from formats import BlockFormat, QuantizedWeight
+from qronos_export.statistics import LayerStats
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the user may turn; each rounder reads what concerns it.
+
+    damping:    α in λ = α · mean(diag H).
+    shrinkage:  β in G_β = H + β(G − H); 1 trusts the measured mismatch of the streams fully, 0 is GPTQ.
+    order:      natural or descending (by diag H).
+    """
+
+    damping: float
+    shrinkage: float
+    order: str
+
+
+@dataclass(frozen=True)
+class Rounded:
+    """A rounded weight and what is known about it.
+
+    loss:      per row, (T − Q)(H + λI)(T − Q)ᵀ with T the rounder's target: W for rtn, gptq and gpfq, the least-squares
+               weights for qronos. In squared output units per token. [rows]
+    mismatch:  per row, the squared output error caused by X̂ ≠ X that weights can undo (recoverable mismatch). [rows]
+    """
+
+    weight: QuantizedWeight
+    loss: Tensor
+    mismatch: Tensor | None
+    damping: float
+    method: str
+    note: str = ""
+
+
+Rounder = Callable[[Tensor, LayerStats, BlockFormat, Settings], Rounded]

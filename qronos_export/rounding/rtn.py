@@ -1,0 +1,20 @@
+"""Round to nearest, on scales searched with diag H as importance."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from formats import BlockFormat, QuantizedWeight
+from qronos_export.rounding.rounded import Rounded, Settings
+from qronos_export.statistics import LayerStats
+
+
+def rtn(weight: Tensor, stats: LayerStats, fmt: BlockFormat, settings: Settings, *, note: str = "") -> Rounded:
+    """Nearest stored value of every weight [rows, columns] on its own. Without tokens all columns weigh alike."""
+    fmt.check(weight.shape[1])
+    hessian = stats.hessian if stats.tokens else None
+    blocks = fmt.quantize(weight, None if hessian is None else hessian.diagonal())
+    error = fmt.dequantize(blocks) - weight
+    loss = error.square().sum(1) if hessian is None else ((error @ hessian) * error).sum(1)
+    rows, columns = weight.shape
+    return Rounded(QuantizedWeight(fmt, blocks, (rows, columns)), loss, None, 0.0, "rtn", note)

@@ -1,0 +1,89 @@
+"""The column sweep that every rounder with feedback shares.
+
+Columns are rounded one after another; what a column's rounding did wrong is handed to the columns not yet rounded:
+
+    q_t = nearest(V_t);   V_s ← V_s − M_ts · (A_t − q_t)   for all s after t
+
+GPTQ and Qronos: A = V and M_ts = U_ts / U_tt. GPFQ: A = W and M_ts = −H_ts / H_ss. Rows are independent, so the sweep runs on
+the transposed weights, where a column is contiguous in memory and all rows of a group of layers go together.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from formats import BlockFormat, Grid
+from formats.block import reciprocal
+
+STEP = 32  # columns between two lazy updates of everything to the right
+
+
+def sweep(
+    values: Tensor,
+    feedback: Tensor,
+    fmt: BlockFormat,
+    *,
+    importance: Tensor,
+    order: Tensor | None = None,
+    grid: Grid | None = None,
+    anchor: Tensor | None = None,
+    first: Tensor | None = None,
+    step: int = STEP,
+) -> tuple[Tensor, Grid, Tensor]:
+    """Round `values` [rows, columns] to `fmt`, column by column with feedback.
+
+    feedback:    M [columns, columns], upper triangular with a unit diagonal (ignored), in sweep order.
+    importance:  [columns], weighs the scale search, in storage order.
+    order:       storage column of each step; None sweeps left to right.
+    grid:        scales chosen beforehand; None fits each block when the sweep reaches it, on the weights as diffused
+                 so far. A block is then met as a whole, so this needs order None.
+    anchor:      A [rows, columns]; None stands for V itself.
+    first:       [rows], replaces the first column's value when its code is chosen (Qronos' error correction).
+
+    Returns codes [rows, columns] and grid in storage order, and A − q [columns, rows] in sweep order.
+    """
+    rows, columns = values.shape
+    if order is not None and grid is None:
+        raise ValueError("a reordered sweep needs scales chosen beforehand")
+    work = (values if order is None else values[:, order]).T.contiguous()
+    anchors = None if anchor is None else (anchor if order is None else anchor[:, order]).T.contiguous()
+    storage = range(columns) if order is None else order.tolist()
+    errors = torch.empty_like(work)
+    codes: Tensor | None = None
+    grids: list[Grid] = []
+    scale = offset = inverse = None
+    base = 0  # the storage column that `scale` begins at
+
+    if grid is not None:
+        scale, inverse = grid.scale.T.contiguous(), reciprocal(grid.scale).T.contiguous()
+        offset = None if grid.offset is None else grid.offset.T.contiguous()
+
+    width = min(step, fmt.block_size) if grid is None else step
+    for start in range(0, columns, width):
+        stop = min(start + width, columns)
+        if grid is None and start % fmt.block_size == 0:
+            block = slice(start, start + fmt.block_size)
+            fitted = fmt.fit(work[block].T, importance[block])
+            grids.append(fitted)
+            base, scale, inverse = start, fitted.scale.T.contiguous(), reciprocal(fitted.scale).T.contiguous()
+            offset = None if fitted.offset is None else fitted.offset.T.contiguous()
+        current = grid if grid is not None else grids[-1]
+        assert scale is not None and inverse is not None
+        for t in range(start, stop):
+            group = (storage[t] - base) // current.group
+            value = first if first is not None and t == 0 else work[t]
+            code = current.levels.nearest((value if offset is None else value - offset[group]) * inverse[group])
+            stored = current.levels.value(code).mul_(scale[group])
+            if offset is not None:
+                stored += offset[group]
+            if codes is None:
+                codes = torch.empty(columns, rows, dtype=code.dtype, device=code.device)
+            codes[storage[t]] = code
+            torch.sub(work[t] if anchors is None else anchors[t], stored, out=errors[t])
+            if t + 1 < stop:
+                work[t + 1 : stop].addr_(feedback[t, t + 1 : stop], errors[t], alpha=-1)
+        if stop < columns:
+            work[stop:].addmm_(feedback[start:stop, stop:].T, errors[start:stop], alpha=-1)
+    assert codes is not None
+    return codes.T, grid if grid is not None else Grid.joined(grids), errors

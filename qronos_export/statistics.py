@@ -1,0 +1,48 @@
+"""Second moments of what a group of linear layers reads, in the float model and in the model quantized so far.
+
+    hessian  H = X̂ᵀX̂ / tokens      cross  G = XᵀX̂ / tokens      [features, features], float32
+
+X are the float model's inputs, X̂ the quantized model's, tokens are rows (Qronos, arXiv 2505.11695). Both are running
+means and do not depend on how tokens were batched. H is symmetric: only its upper panels are computed.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_PANELS = 4  # H's upper triangle in 4 × 4 panels costs 10/16 of the full product
+
+
+class LayerStats:
+    """H, G and the number of tokens behind them, for one input shared by some linears."""
+
+    def __init__(self, features: int, device: torch.device | str = "cpu") -> None:
+        self.features = features
+        self.tokens = 0
+        self._hessian = torch.zeros(features, features, device=device)
+        self._cross = torch.zeros(features, features, device=device)
+
+    def update(self, x: Tensor, x_hat: Tensor) -> None:
+        """Add one batch of the same tokens in both streams: float [tokens, features] each."""
+        new = x.shape[0]
+        if new == 0:
+            return
+        total = self.tokens + new
+        keep, gain = self.tokens / total, 1.0 / total
+        x, x_hat = x.to(torch.float32), x_hat.to(torch.float32)
+        self._cross.addmm_(x.T, x_hat, beta=keep, alpha=gain)
+        width = -(-self.features // _PANELS)
+        for start in range(0, self.features, width):
+            rows = x_hat[:, start : start + width]
+            self._hessian[start : start + width, start:].addmm_(rows.T, x_hat[:, start:], beta=keep, alpha=gain)
+        self.tokens = total
+
+    @property
+    def hessian(self) -> Tensor:
+        upper = self._hessian.triu()
+        return upper + upper.triu(1).T
+
+    @property
+    def cross(self) -> Tensor:
+        return self._cross

@@ -1,0 +1,156 @@
+"""Forwards that stop where a weight is about to be used, and go on when told.
+
+A decoder block runs inside a greenlet. Its `nn.Linear` modules, and the fused 3-D expert parameters of transformers 5, get
+a forward that hands the layer's input to the caller and waits. So a block is evaluated once per stream, whatever its
+architecture, while all its layers are rounded in between. Nothing here knows about statistics or rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from greenlet import getcurrent, greenlet
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Routed:
+    """What an experts module is given: `hidden` [tokens, hidden] and the expert of each slot, `index` [tokens, k]."""
+
+    hidden: Tensor
+    index: Tensor
+    inner: dict[int, Tensor] | None = None  # expert -> input of its down projection [its tokens, intermediate]
+
+    def tokens(self, expert: int) -> Tensor:
+        """Rows of `hidden` routed to `expert`: int64 [its tokens]."""
+        return (self.index == expert).nonzero()[:, 0]
+
+
+@dataclass
+class Stop:
+    """A place where forwards wait: linears that read one tensor, or one projection of all experts of a block.
+
+    members: names of the modules below the block, in order of use.
+    stage:   "linear", or "up" / "down" of an experts module.
+    """
+
+    stage: str
+    members: list[str] = field(default_factory=list)
+
+
+class Block:
+    """A decoder block whose forwards report to whoever switched into them. Owns the replaced forwards."""
+
+    def __init__(self, module: nn.Module, wanted: Callable[[str], bool]) -> None:
+        """`wanted(name)` says whether the weight of the linear or experts module `name` will be rounded."""
+        self.module = module
+        self._leaders: dict[str, Stop] | None = None  # stop by the name of the module that reaches it first
+        self._record: Callable[[str, str, Any], None] | None = None
+        for name, part in module.named_modules():
+            if isinstance(part, nn.Linear) and wanted(name):
+                part.forward = self._linear(name, part)  # type: ignore[method-assign]
+            elif is_experts(part) and wanted(name):
+                part.forward = self._experts(name, part)
+
+    def observe(self, hidden: Tensor, kwargs: dict[str, Any]) -> tuple[list[Stop], list[Any], Tensor]:
+        """Run once without waiting: the stops in order, what arrived at each, and the block's output.
+
+        Linears that read the same tensor share a stop, however far apart they are.
+        """
+        stops: list[Stop] = []
+        arrivals: list[Any] = []
+        known: dict[tuple[int, ...], Stop] = {}
+
+        def record(name: str, stage: str, payload: Any) -> None:
+            if stage == "linear":
+                if any(name in stop.members for stop in stops):
+                    return
+                key = (payload.data_ptr(), payload.numel(), payload.shape[-1], payload._version)
+                if key in known:
+                    known[key].members.append(name)
+                    return
+                known[key] = stop = Stop("linear", [name])
+            else:
+                stop = Stop(stage, [name])
+            stops.append(stop)
+            arrivals.append(payload)  # keeps the tensor alive, so no later one can take its address
+
+        self._record = record
+        output = self._run(hidden, kwargs)
+        self._record = None
+        self.stop_at(stops)
+        return stops, arrivals, output
+
+    def stop_at(self, stops: list[Stop]) -> None:
+        self._leaders = {f"{stop.members[0]}:{stop.stage}": stop for stop in stops}
+
+    def start(self, hidden: Tensor, kwargs: dict[str, Any]) -> greenlet:
+        """A forward that has not begun; each `switch()` returns the payload of the next stop, the last the output."""
+        return greenlet(lambda: self._run(hidden, kwargs))
+
+    def _run(self, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
+        output = self.module(hidden, **kwargs)
+        return output[0] if isinstance(output, tuple) else output
+
+    def _arrive(self, name: str, stage: str, payload: Any) -> None:
+        if self._record is not None:
+            self._record(name, stage, payload)
+        elif self._leaders is not None and f"{name}:{stage}" in self._leaders:
+            getcurrent().parent.switch(payload)
+
+    def _linear(self, name: str, linear: nn.Linear) -> Callable[[Tensor], Tensor]:
+        def forward(x: Tensor) -> Tensor:
+            self._arrive(name, "linear", x)
+            return F.linear(x, linear.weight, linear.bias)
+
+        return forward
+
+    def _experts(self, name: str, experts: Any) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+        def forward(hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+            routed = Routed(hidden, index)
+            self._arrive(name, "up", routed)
+            used = [expert for expert in index.unique().tolist() if expert < experts.down_proj.shape[0]]
+            inner = {expert: expert_inner(experts, expert, hidden[routed.tokens(expert)]) for expert in used}
+            self._arrive(name, "down", Routed(hidden, index, inner))
+            output = torch.zeros_like(hidden)
+            for expert in used:
+                token, slot = (index == expert).nonzero(as_tuple=True)
+                part = _project(experts, "down_proj", expert, inner.pop(expert))
+                if getattr(experts, "has_post_expert_norm", False):
+                    part = experts.post_expert_norm(part)
+                output.index_add_(0, token, (part * weights[token, slot, None]).to(output.dtype))
+            return output
+
+        return forward
+
+
+def is_experts(module: nn.Module) -> bool:
+    """Whether `module` keeps its experts as transformers 5 does: 3-D `down_proj` and `gate_up_proj` or `up_proj`."""
+    return hasattr(module, "has_gate") and getattr(getattr(module, "down_proj", None), "ndim", 0) == 3
+
+
+def expert_matrices(experts: Any, stage: str) -> Iterator[tuple[str, Tensor]]:
+    """(name, weight [out, in] as a view) of every expert's projection of `stage`, "up" or "down"."""
+    name = "down_proj" if stage == "down" else _up_name(experts)
+    for expert, weight in enumerate(getattr(experts, name).detach()):
+        yield f"{name}.{expert}", weight.T if experts.is_transposed else weight
+
+
+def expert_inner(experts: Any, expert: int, hidden: Tensor) -> Tensor:
+    """Input of `expert`'s down projection for `hidden` [tokens, hidden]: float [tokens, intermediate]."""
+    up = _project(experts, _up_name(experts), expert, hidden)
+    return experts._apply_gate(up) if experts.has_gate else experts.act_fn(up)
+
+
+def _up_name(experts: Any) -> str:
+    return "gate_up_proj" if experts.has_gate else "up_proj"
+
+
+def _project(experts: Any, name: str, expert: int, x: Tensor) -> Tensor:
+    weight = getattr(experts, name)[expert]
+    bias = getattr(experts, f"{name}_bias")[expert] if experts.has_bias else None
+    return F.linear(x, weight.T if experts.is_transposed else weight, bias)

@@ -1,0 +1,169 @@
+"""How good a file is: perplexity and KL divergence against the float model, both from llama.cpp, and the gate.
+
+Nothing here runs a model. The reference is run once and its log-probabilities kept on disk while files are compared
+with it; they can take gigabytes, and are gone when the `with` ends.
+"""
+
+import hashlib
+import math
+import shutil
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from qronos_export.errors import OutputError, UsageError
+from qronos_export.llamacpp import LlamaCpp, OnChunk
+
+
+@dataclass(frozen=True)
+class Validation:
+    """One file against its reference, on one text. Divergences are nats per scored token, `same_top` and `rms_delta_p`
+    percent, errors one standard deviation. The names are the report's keys and stay."""
+
+    perplexity: float
+    perplexity_error: float
+    perplexity_reference: float
+    perplexity_reference_error: float
+    kl_divergence: float
+    kl_divergence_error: float
+    kl_median: float
+    kl_99: float
+    kl_max: float
+    same_top: float
+    same_top_error: float
+    rms_delta_p: float
+    context: int
+    chunks: int
+    text_sha256: str
+    llama_cpp: str
+
+    @property
+    def perplexity_increase(self) -> float:
+        """Percent of the reference's perplexity: 2.5 where 10 became 10.25."""
+        return 100 * (self.perplexity / self.perplexity_reference - 1)
+
+    def to_json(self) -> dict[str, float | int | str]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Gate:
+    """The limits a file must keep, both inclusive: `max_kld` in nats, `max_ppl_increase` in percent of the reference's
+    perplexity. None is no limit."""
+
+    max_kld: float | None = None
+    max_ppl_increase: float | None = None
+
+    def __post_init__(self) -> None:
+        for option, limit in (("--max-kld", self.max_kld), ("--max-ppl-increase", self.max_ppl_increase)):
+            if limit is not None and not (0 <= limit < math.inf):
+                raise UsageError(f"{option} is {limit}; expected a number that is finite and not negative.")
+
+    def check(self, validation: Validation) -> list[str]:
+        """What `validation` failed: one sentence for each limit, none when it passes."""
+        failures = []
+        if self.max_kld is not None and not validation.kl_divergence <= self.max_kld:
+            failures.append(f"KL divergence {validation.kl_divergence:.6g} is above --max-kld {self.max_kld:g}.")
+        if self.max_ppl_increase is not None and not validation.perplexity_increase <= self.max_ppl_increase:
+            failures.append(
+                f"Perplexity {validation.perplexity:.6g} is {validation.perplexity_increase:.3g} % above the "
+                f"reference's {validation.perplexity_reference:.6g}; --max-ppl-increase is {self.max_ppl_increase:g} %."
+            )
+        return failures
+
+
+class Reference:
+    """A float model measured once on a text, to compare any number of files with.
+
+        with Reference(model, text, llamacpp=find(), workspace=folder) as reference:
+            for file in files:
+                reference.compare(file)
+
+    `chunks` is the most to use; a shorter text gives fewer. `on_chunk` hears (chunks done, chunks in all) of the
+    reference's own run. Entering raises CalibrationError for a text shorter than two chunks of `context` tokens, and
+    OutputError when `workspace` cannot hold `logits_bytes`.
+    """
+
+    def __init__(
+        self,
+        model: Path,
+        text: Path,
+        *,
+        llamacpp: LlamaCpp,
+        workspace: Path,
+        context: int = 512,
+        chunks: int | None = None,
+        on_chunk: OnChunk | None = None,
+    ) -> None:
+        self._model = model
+        self._text = text
+        self._llamacpp = llamacpp
+        self._workspace = workspace
+        self._context = context
+        self._chunks = chunks
+        self._on_chunk = on_chunk
+
+    def __enter__(self) -> Self:
+        if not self._workspace.is_dir():
+            raise OutputError(f"The folder for the reference's log-probabilities, {self._workspace}, does not exist.")
+        self._folder = Path(tempfile.mkdtemp(dir=self._workspace, prefix="reference-"))
+        self._logits = self._folder / "logits"
+        try:
+            self.perplexity = self._llamacpp.perplexity(
+                self._model,
+                self._text,
+                context=self._context,
+                chunks=self._chunks,
+                logits=self._logits,
+                on_chunk=self._on_chunk,
+            )
+            self.text_sha256 = hashlib.sha256(self._text.read_bytes()).hexdigest()
+        except BaseException:
+            shutil.rmtree(self._folder)
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        shutil.rmtree(self._folder)
+
+    def compare(self, file: Path, *, on_chunk: OnChunk | None = None) -> Validation:
+        """Raises LlamaCppError when `file` has another vocabulary or gives numbers that are not finite."""
+        divergence = self._llamacpp.kl_divergence(file, self._logits, on_chunk=on_chunk)
+        return Validation(
+            perplexity=divergence.perplexity,
+            perplexity_error=divergence.perplexity_error,
+            # From its own run: the stored log-probabilities are clamped.
+            perplexity_reference=self.perplexity.value,
+            perplexity_reference_error=self.perplexity.error,
+            kl_divergence=divergence.mean,
+            kl_divergence_error=divergence.error,
+            kl_median=divergence.median,
+            kl_99=divergence.percentile_99,
+            kl_max=divergence.maximum,
+            same_top=divergence.same_top,
+            same_top_error=divergence.same_top_error,
+            rms_delta_p=divergence.rms_delta_p,
+            context=self.perplexity.context,
+            chunks=self.perplexity.chunks,
+            text_sha256=self.text_sha256,
+            llama_cpp=self._llamacpp.version,
+        )
+
+
+def validate(
+    file: Path,
+    reference: Path,
+    text: Path,
+    *,
+    llamacpp: LlamaCpp,
+    workspace: Path,
+    context: int = 512,
+    chunks: int | None = None,
+) -> Validation:
+    """One file against one reference; see Reference for several."""
+    with Reference(reference, text, llamacpp=llamacpp, workspace=workspace, context=context, chunks=chunks) as measured:
+        return measured.compare(file)
