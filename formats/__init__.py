@@ -1,7 +1,7 @@
 """Bytes ↔ numbers: the block formats of GGUF files, on torch and numpy alone.
 
-`FORMATS` maps a type's name to its `BlockFormat`; it is the support matrix. To add a format of a known family, edit that
-family's module; for a new family, add a module and its tuple to the line below.
+`FORMATS` maps a type's name to its `BlockFormat`; it is the support matrix. A format of a known
+family goes into that family's module; a new family is a module, and its tuple in the line below.
 """
 
 from formats import ggml_basic, ggml_k

@@ -95,7 +95,7 @@ def _best_half(x: Tensor, importance: Tensor, levels: Integers, reach: Sequence[
 
 
 def grouped(weights: Tensor, importance: Tensor | None, size: int) -> tuple[Tensor, Tensor]:
-    """Weights and importance [rows, columns] as [size, rows · columns / size]: a group is a column, reductions stream."""
+    """Weights and importance [rows, columns] as [size, groups]: a group is a column, so that reductions stream."""
     flat = weights.reshape(-1, size).T
     if importance is None:
         return flat, torch.ones_like(flat)

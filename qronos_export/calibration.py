@@ -1,9 +1,9 @@
 """Two streams through the decoder blocks, and the statistics of every group of layers on the way.
 
-The float stream carries the hidden states of the float model all the way from its embedding, the quantized stream those of
-the model rounded so far, from its *quantized* embedding. At each group of layers that share an input both streams wait,
-H and G are accumulated over all micro-batches, the caller rounds, and the quantized stream goes on with the rounded
-weights (arXiv 2505.11695; docs/method.md). Memory holds one block twice and the hidden states of the calibration tokens twice.
+The float stream carries the hidden states of the float model all the way from its embedding, the quantized stream
+those of the model rounded so far, from its *quantized* embedding. At each group of layers that share an input both
+streams wait, H and G are accumulated over all micro-batches, the caller rounds, and the quantized stream goes on with
+the rounded weights (arXiv 2505.11695). Memory holds one block and the hidden states of the tokens, each twice.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ class Decoder:
 
     def _around(self, stubs: Sequence[Callable[..., Tensor]], tokens: Tensor) -> Tensor:
         for block, stub in zip(self._blocks, stubs, strict=True):
-            block.forward = stub  # type: ignore[method-assign, assignment]
+            block.forward = stub
         try:
             output = self._decoder(input_ids=tokens, use_cache=False).last_hidden_state
         finally:
@@ -133,7 +133,7 @@ def enter(
 
 
 def _shared(new: Any, old: Any) -> Any:
-    """`new`, with tensors equal to those at the same place in `old` replaced by them: masks and positions are kept once."""
+    """`new`, with tensors that equal their counterparts in `old` replaced by these: masks and positions exist once."""
     if isinstance(new, Tensor):
         return old if isinstance(old, Tensor) and new.shape == old.shape and torch.equal(new, old) else new
     if isinstance(new, dict) and isinstance(old, dict):
@@ -221,13 +221,19 @@ def _switched(forward: Any, clock: Clock) -> Any:
     return result
 
 
+def _weight(module: nn.Module, name: str) -> Tensor:
+    linear = module.get_submodule(name)
+    assert isinstance(linear, nn.Linear)
+    return linear.weight.detach()
+
+
 def _groups(module: nn.Module, quantized: nn.Module, name: str, stop: Stop) -> list[Group]:
     if stop.stage == "linear":
         matrices = [
             Matrix(
                 f"{name}.{member}.weight",
-                module.get_submodule(member).weight.detach(),  # type: ignore[union-attr, operator]
-                quantized.get_submodule(member).weight.detach(),  # type: ignore[union-attr, operator]
+                _weight(module, member),
+                _weight(quantized, member),
             )
             for member in stop.members
         ]

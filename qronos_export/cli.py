@@ -237,7 +237,7 @@ def _console() -> Any:
 
 
 def _progress() -> Progress:
-    """A bar with the stage, the layer and its error, and the time left; on standard error, so that output stays clean."""
+    """A bar with the stage, the layer and its error, and the time left; on standard error, output stays clean."""
     from rich.console import Console
     from rich.progress import (
         BarColumn,

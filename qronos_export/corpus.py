@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 PIECE = 1 << 16
-"""Characters tokenized at a time; pieces end at line ends, where no tokenizer joins words."""
+"""Characters tokenized at a time; pieces end at line ends, where at most the newline's own token differs."""
 BYTES_PER_TOKEN = 64
 """Of a text this many times longer than needed (about 4 bytes make a token), pieces are skipped evenly."""
 BATCH = 32
@@ -52,7 +52,8 @@ def calibration_tokens(
 ) -> Corpus:
     """`samples` windows of `length` tokens from `source`: a file, `hf:NAME[:CONFIG[:SPLIT]]`, or `self`.
 
-    `on_progress(done, total)` counts sampled tokens (`self` only; text is read at once). Raises CalibrationError where the source is absent, unreadable or short.
+    `on_progress(done, total)` counts sampled tokens; only `self` takes long enough to call it. Raises CalibrationError
+    where the source is absent, unreadable or short.
     """
     if source == "self":
         tokens, description = _from_model(checkpoint, samples, length, seed, device, on_progress), "sampled from itself"
@@ -63,7 +64,7 @@ def calibration_tokens(
 
 
 def held_out_text() -> str:
-    """0.7 MB of English that every Python carries: the topics of its own `help()`."""
+    """0.5 to 0.7 MB of English that every Python carries: the topics of its own `help()`."""
     from pydoc_data.topics import topics
 
     return "\n\n".join(topics.values())
@@ -108,7 +109,7 @@ def _windows(text: str, description: str, checkpoint: Checkpoint, samples: int, 
 
 def _pieces(text: str) -> Iterator[str]:
     start = 0
-    for line_end in re.finditer(r"\n(?=\S)", text):
+    for line_end in re.finditer(r"\n(?!\n)", text):
         if line_end.end() - start >= PIECE:
             yield text[start : line_end.end()]
             start = line_end.end()
@@ -145,7 +146,7 @@ def _texts(dataset: "Dataset", source: str, checkpoint: Checkpoint) -> Iterator[
     encode = tokenizer(checkpoint)
     for messages in dataset["messages"]:
         if encode.chat_template:
-            yield encode.apply_chat_template(messages, tokenize=False)
+            yield str(encode.apply_chat_template(messages, tokenize=False))
         else:
             yield "\n\n".join(message["content"] for message in messages)
 

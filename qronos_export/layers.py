@@ -1,9 +1,9 @@
-"""Rounds one group of weights: gathers rows per format, calls the rounder once for each, stores blocks, feeds them back."""
+"""Rounds one group of weights: gathers rows per format, calls the rounder once for each, stores the blocks."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import torch
@@ -66,19 +66,21 @@ def _round_rows(
         rows = slice(start, start := start + len(target.rows))
         store.put(plan.tensor(target), fmt, target.file_rows, rounded.weight.blocks[rows], values[rows])
         matrix.quantized[target.rows.to(device)] = values[rows].to(matrix.quantized.dtype)
-        total = float(power[rows].sum())
-        relative: Callable[[torch.Tensor | None], float | None] = lambda part, rows=rows, total=total: (
-            None if part is None or not total else float(part[rows].sum()) / total
-        )
         yield LayerReport(
             name=matrix.name,
             tensor=target.tensor,
             format=fmt.name,
             method=rounded.method,
-            error=relative(rounded.loss),
-            recoverable_mismatch=relative(rounded.mismatch),
+            error=_share(rounded.loss, power, rows),
+            recoverable_mismatch=_share(rounded.mismatch, power, rows),
             damping=rounded.damping if rounded.damping else None,
             tokens=stats.tokens,
             seconds=seconds * len(target.rows),
             note="; ".join(filter(None, [note, rounded.note])),
         )
+
+
+def _share(part: torch.Tensor | None, whole: torch.Tensor, rows: slice) -> float | None:
+    """Σ part / Σ whole over `rows`; None where either is unknown or nothing."""
+    total = float(whole[rows].sum())
+    return None if part is None or not total else float(part[rows].sum()) / total

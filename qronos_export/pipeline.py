@@ -268,9 +268,9 @@ def held_out_file(held: Held, folder: Path) -> Path:
 @contextmanager
 def workspace(output: Path, results: list[Path], force: bool) -> Iterator[Path]:
     """A scratch folder inside `output`, gone afterwards. Raises OutputError where results exist already."""
-    if occupied := [path for path in results if path.exists()]:
-        if not force:
-            raise OutputError(f"{occupied[0]} exists already; choose another --output, or --force to replace it.")
+    occupied = [path for path in results if path.exists()]
+    if occupied and not force:
+        raise OutputError(f"{occupied[0]} exists already; choose another --output, or --force to replace it.")
     made = [path for path in (output, *output.parents) if not path.exists()]
     try:
         output.mkdir(parents=True, exist_ok=True)

@@ -79,12 +79,14 @@ def recipe_from(data: dict[str, Any], where: str) -> Recipe:
         raise UsageError(f"{where}: unknown key {unknown[0]!r}; a recipe has {', '.join(types)}.")
     if "model" not in data:
         raise UsageError(f"{where} names no model; give MODEL on the command line or add `model: …`.")
-    checked = {}
+    checked: dict[str, Any] = {}
     for key, value in data.items():
-        kinds: tuple[type, ...] = {"str": (str,), "int": (int,), "float": (int, float)}[str(types[key])]
-        if not isinstance(value, kinds) or isinstance(value, bool):
-            raise UsageError(f"{where}: {key} is {value!r}; expected {types[key]}.")
-        checked[key] = float(value) if types[key] == "float" else value
+        wanted = types[key]
+        if wanted == "float" and isinstance(value, int) and not isinstance(value, bool):
+            value = float(value)
+        if type(value).__name__ != wanted:
+            raise UsageError(f"{where}: {key} is {value!r}; expected {wanted}.")
+        checked[key] = value
     return Recipe(**checked)
 
 

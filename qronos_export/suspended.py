@@ -1,8 +1,9 @@
 """Forwards that stop where a weight is about to be used, and go on when told.
 
-A decoder block runs inside a greenlet. Its `nn.Linear` modules, and the fused 3-D expert parameters of transformers 5, get
-a forward that hands the layer's input to the caller and waits. So a block is evaluated once per stream, whatever its
-architecture, while all its layers are rounded in between. Nothing here knows about statistics or rounding.
+A decoder block runs inside a greenlet. Its `nn.Linear` modules, and the modules that hold transformers 5's fused 3-D
+expert parameters, get a forward that hands the layer's input to the caller and waits. So a block is evaluated once per
+stream, whatever its architecture, while all its layers are rounded in between. Nothing here knows about statistics or
+rounding.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ class Block:
         self._record: Callable[[str, str, Any], None] | None = None
         for name, part in module.named_modules():
             if isinstance(part, nn.Linear) and wanted(name):
-                part.forward = self._linear(name, part)  # type: ignore[method-assign]
+                part.forward = self._linear(name, part)  # type: ignore[method-assign, assignment]
             elif is_experts(part) and wanted(name):
                 part.forward = self._experts(name, part)
 

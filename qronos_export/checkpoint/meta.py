@@ -8,7 +8,7 @@ from torch import nn
 
 @contextmanager
 def parameters_on_meta() -> Iterator[None]:
-    """Modules built inside take no memory for parameters but keep the buffers they compute (rotary frequencies, scales).
+    """Modules built inside keep the buffers they compute (rotary frequencies, scales); parameters take no memory.
 
     `torch.device("meta")` would lose those: they are not in any checkpoint.
     """
@@ -19,7 +19,7 @@ def parameters_on_meta() -> Iterator[None]:
             parameter = nn.Parameter(parameter.to("meta"), requires_grad=False)
         register(module, name, parameter)
 
-    nn.Module.register_parameter = register_on_meta  # type: ignore[method-assign]
+    nn.Module.register_parameter = register_on_meta  # type: ignore[assignment, method-assign]
     try:
         yield
     finally:

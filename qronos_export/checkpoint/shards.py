@@ -1,4 +1,4 @@
-"""The safetensors files of a folder: which tensor is where, and that every file is whole. Reads headers, never weights."""
+"""The safetensors files of a folder: where each tensor is, and that every file is whole. Never reads weights."""
 
 import json
 import struct

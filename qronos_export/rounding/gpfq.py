@@ -2,7 +2,7 @@
 
     q_t = nearest((G_tt w_t + Σ_{j<t} w_j G_jt − Σ_{j<t} q_j H_jt) / H_tt)
 
-Written as a sweep: V starts at w_t + Σ_{j≤t} w_j (G − H)_jt / H_tt and column s takes (w_t − q_t) H_ts / H_ss from column t.
+As a sweep: V starts at w_t + Σ_{j≤t} w_j (G − H)_jt / H_tt, and column s takes (w_t − q_t) H_ts / H_ss from column t.
 """
 
 from __future__ import annotations

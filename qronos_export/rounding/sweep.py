@@ -4,8 +4,8 @@ Columns are rounded one after another; what a column's rounding did wrong is han
 
     q_t = nearest(V_t);   V_s ← V_s − M_ts · (A_t − q_t)   for all s after t
 
-GPTQ and Qronos: A = V and M_ts = U_ts / U_tt. GPFQ: A = W and M_ts = −H_ts / H_ss. Rows are independent, so the sweep runs on
-the transposed weights, where a column is contiguous in memory and all rows of a group of layers go together.
+GPTQ and Qronos: A = V and M_ts = U_ts / U_tt. GPFQ: A = W and M_ts = −H_ts / H_ss. Rows are independent, so the sweep
+runs on the transposed weights, where a column is contiguous in memory and all rows of a group of layers go together.
 """
 
 from __future__ import annotations

@@ -1,0 +1,263 @@
+"""Tiny models of every family through the whole pipeline, and real llama.cpp's word on the files.
+
+Upstream is the oracle throughout: its converter for keys, names and shapes, its `llama-quantize` for types and size, its
+`llama-perplexity` for what a file computes. Against the last stands transformers, run on the values in the file.
+"""
+
+import functools
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from formats import FORMATS
+from qronos_export import pipeline
+from qronos_export.artifact.gguf import GGUFFile, RowIndex, Target
+from qronos_export.calibration import block_matrices
+from qronos_export.checkpoint import load_whole, open_checkpoint, opening_token, tokenizer
+from qronos_export.llamacpp import LlamaCpp, logits_bytes
+from qronos_export.llamacpp_log import Perplexity
+from qronos_export.recipe import Recipe, recipe_from
+from qronos_export.report import RunReport
+from tests.families import FAMILIES, make
+
+CONTEXT, CHUNKS = 128, 2
+EXACT = ("--cache-type-k", "f32", "--cache-type-v", "f32", "--flash-attn", "off")
+"""llama.cpp's attention without rounding to fp16."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A tiny model and how it is quantized."""
+
+    family: str
+    format: str = "Q4_0"
+    dtype: torch.dtype = torch.float32
+    config: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def outtype(self) -> str:
+        return {torch.float32: "f32", torch.bfloat16: "bf16"}[self.dtype]
+
+
+CASES = {family: Case(family) for family in FAMILIES} | {
+    "q8_0": Case("llama", format="Q8_0"),
+    # More rows in the embedding than the tokenizer has tokens, stored in bf16.
+    "padded_bf16": Case("llama", dtype=torch.bfloat16, config={"vocab_size": 1056}),
+    # Rows of whole 256-blocks: llama.cpp makes the head, or what stands for it, Q6_K.
+    "q6_k_head": Case("llama", config={"hidden_size": 256, "num_hidden_layers": 1}),
+    "q6_k_tied": Case("llama_tied", config={"hidden_size": 256, "num_hidden_layers": 1}),
+}
+
+
+@dataclass(frozen=True)
+class Export:
+    """A finished run, and upstream's two files from the same checkpoint."""
+
+    case: Case
+    checkpoint: Path
+    recipe: Recipe
+    report: RunReport
+    ours: GGUFFile
+    float: GGUFFile
+    theirs: GGUFFile
+
+    @property
+    def quantized(self) -> list[str]:
+        return [name for name, tensor in self.ours.tensors.items() if tensor.type != self.float.tensors[name].type]
+
+
+def run(recipe: Recipe, output: Path, llamacpp: LlamaCpp) -> tuple[RunReport, Path]:
+    *_, finished = pipeline.run(recipe, output, llamacpp=llamacpp, held=None)
+    assert isinstance(finished, pipeline.Finished)
+    (artifact,) = finished.report.artifacts
+    assert sorted(path.name for path in output.iterdir()) == sorted([artifact.path, "report.json"])
+    return finished.report, output / artifact.path
+
+
+Exports = Callable[[str], Export]
+
+
+@pytest.fixture(scope="module")
+def exports(llamacpp: LlamaCpp, english: Path, tmp_path_factory: pytest.TempPathFactory) -> Exports:
+    """The export of a case of CASES, run once."""
+
+    @functools.cache
+    def export(name: str) -> Export:
+        case, folder = CASES[name], tmp_path_factory.mktemp(name)
+        checkpoint = make(case.family, folder / "tiny", dtype=case.dtype, **case.config)
+        recipe = Recipe(
+            str(checkpoint), format=case.format, calibration=str(english), samples=8, sequence_length=64, device="cpu"
+        )
+        report, ours = run(recipe, folder / "ours", llamacpp)
+        original = llamacpp.convert(checkpoint, folder / "float.gguf", case.outtype)
+        theirs = llamacpp.quantize(original, folder / "theirs.gguf", case.format)
+        return Export(case, checkpoint, recipe, report, GGUFFile(ours), GGUFFile(original), GGUFFile(theirs))
+
+    return export
+
+
+@pytest.fixture(scope="module", params=CASES)
+def export(exports: Exports, request: pytest.FixtureRequest) -> Export:
+    return exports(request.param)
+
+
+# ---- the file is upstream's but for the blocks
+
+
+def test_metadata_names_and_shapes_are_upstreams(export: Export) -> None:
+    ours, float_file, theirs = (metadata(file) for file in (export.ours, export.float, export.theirs))
+    typed = {"general.file_type", "general.quantization_version"}
+    assert {key: ours[key] for key in ours.keys() - typed} == {key: float_file[key] for key in float_file.keys() - typed}
+    assert {key: ours[key] for key in typed} == {key: theirs[key] for key in typed}
+    assert [(t.name, t.shape) for t in export.ours.tensors.values()] == [
+        (t.name, t.shape) for t in export.float.tensors.values()
+    ]
+
+
+def test_types_and_size_are_those_of_llama_quantize(export: Export) -> None:
+    assert {t.name: t.type for t in export.ours.tensors.values()} == {
+        t.name: t.type for t in export.theirs.tensors.values()
+    }
+    assert export.ours.path.stat().st_size == export.theirs.path.stat().st_size
+
+
+def test_nothing_meant_to_be_quantized_stayed_float(export: Export) -> None:
+    assert export.report.kept == []
+    assert {layer.tensor for layer in export.report.layers} == set(export.quantized)
+    assert {layer.tensor for layer in export.report.layers if layer.method == "rtn"} == {"token_embd.weight"}
+
+
+def test_what_stayed_float_is_untouched(export: Export) -> None:
+    for name in export.ours.tensors.keys() - set(export.quantized):
+        assert np.array_equal(export.ours.bytes(name), export.float.bytes(name)), name
+
+
+def test_rows_of_whole_256_blocks_make_the_head_q6_k(exports: Exports) -> None:
+    assert exports("q6_k_head").ours.tensors["output.weight"].type == "Q6_K"
+    assert exports("q6_k_tied").ours.tensors["token_embd.weight"].type == "Q6_K"
+    assert exports("llama").ours.tensors["output.weight"].type != "Q6_K"
+
+
+def test_the_padded_vocabulary_is_in_the_file(exports: Exports) -> None:
+    padded = exports("padded_bf16")
+    assert len(tokenizer(open_checkpoint(str(padded.checkpoint)))) == 1024
+    assert len(metadata(padded.ours)["tokenizer.ggml.tokens"]) == 1056
+    assert padded.ours.tensors["token_embd.weight"].rows == 1056
+
+
+def metadata(file: GGUFFile) -> dict[str, Any]:
+    """Every key of the file with its value; those that begin with GGUF. describe the header."""
+    return {key: field.contents() for key, field in file.reader.fields.items() if not key.startswith("GGUF.")}
+
+
+# ---- llama.cpp computes from the file what transformers computes from its values
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What `llama-perplexity --kl-divergence-base` keeps of a run."""
+
+    tokens: Tensor  # int64 [chunks, context]
+    log_probabilities: Tensor  # float32 [chunks, scored, vocabulary]; nothing below the largest one − 16
+
+
+def read_scores(path: Path) -> Scores:
+    """The layout is in the docstring of `logits_bytes`."""
+    data = path.read_bytes()
+    context, vocabulary, chunks = np.frombuffer(data, "<u4", 3, offset=8).tolist()
+    assert data[:8] == b"_logits_" and len(data) == logits_bytes(vocabulary, context, chunks)
+    tokens = np.frombuffer(data, "<i4", chunks * context, offset=20).reshape(chunks, context)
+    padded = vocabulary + vocabulary % 2
+    row = np.dtype([("scale", "<f4"), ("minimum", "<f4"), ("codes", "<u2", padded)])
+    rows = np.frombuffer(data, row, offset=20 + tokens.nbytes).reshape(chunks, -1)
+    values = rows["minimum"][..., None] + rows["scale"][..., None] * rows["codes"][..., :vocabulary].astype(np.float32)
+    return Scores(torch.from_numpy(tokens.astype(np.int64)), torch.from_numpy(values))
+
+
+@dataclass(frozen=True)
+class Measured:
+    """llama.cpp's run of a file: exactly, from its values as F32, and as the file is."""
+
+    scores: Scores
+    exact: Perplexity
+    file: Perplexity
+
+
+@pytest.fixture(scope="module")
+def measured(
+    exports: Exports, llamacpp: LlamaCpp, english: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], Measured]:
+    @functools.cache
+    def measure(name: str) -> Measured:
+        export, folder = exports(name), tmp_path_factory.mktemp(f"{name}-measured")
+        text = folder / "held.txt"
+        text.write_text(english.read_text(encoding="utf-8")[:4000], encoding="utf-8")
+        widened = llamacpp.quantize(
+            export.ours.path, folder / "widened.gguf", "F32", options=["--allow-requantize"]
+        )
+        exact = llamacpp.perplexity(
+            widened, text, context=CONTEXT, chunks=CHUNKS, logits=folder / "scores", options=EXACT
+        )
+        file = llamacpp.perplexity(export.ours.path, text, context=CONTEXT, chunks=CHUNKS)
+        return Measured(read_scores(folder / "scores"), exact, file)
+
+    return measure
+
+
+def file_targets(export: Export, model: PreTrainedModel) -> list[Target]:
+    return RowIndex(export.float, export.quantized).match(weights(model))
+
+
+def weights(model: PreTrainedModel) -> dict[str, Tensor]:
+    """Every matrix of the model; the embedding comes first, so that it and not a tied head is matched."""
+    return {"embedding": model.get_input_embeddings().weight.detach(), **block_matrices(model, "model")}
+
+
+def put_back(export: Export, model: PreTrainedModel, targets: list[Target]) -> None:
+    """Write the values of the file's bytes into `model`."""
+    places = weights(model)
+    for target in targets:
+        stored = export.ours.tensors[target.tensor]
+        values = FORMATS[stored.type].dequantize(torch.from_numpy(export.ours.bytes(target.tensor)))
+        places[target.source][target.rows] = values[target.file_rows]
+
+
+def largest_difference(export: Export, model: PreTrainedModel, scores: Scores) -> float:
+    expected = log_probabilities(export, model, scores.tokens)
+    floor = expected.amax(-1, keepdim=True) - 16
+    return float((expected.clamp(min=floor) - scores.log_probabilities).abs().max())
+
+
+@torch.no_grad()
+def log_probabilities(export: Export, model: PreTrainedModel, tokens: Tensor) -> Tensor:
+    """Of the tokens llama-perplexity scores: the second half of every chunk, the very first of its context left out."""
+    opening = opening_token(tokenizer(open_checkpoint(str(export.checkpoint))))
+    seen = tokens.clone()
+    if opening is not None:
+        seen[:, 0] = opening
+    return model(seen).logits[:, CONTEXT // 2 : -1].log_softmax(-1)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_logits_are_those_of_the_dequantized_torch_model(
+    name: str, exports: Exports, measured: Callable[[str], Measured]
+) -> None:
+    export, run = exports(name), measured(name)
+    model = load_whole(open_checkpoint(str(export.checkpoint)))
+    targets = file_targets(export, model)
+    assert {target.tensor for target in targets} == set(export.quantized)
+    put_back(export, model, targets)
+    d = largest_difference(export, model, run.scores)
+    expected = log_probabilities(export, model, run.scores.tokens)
+    scored = run.scores.tokens[:, CONTEXT // 2 + 1 :]
+    ppl = float((-expected.gather(-1, scored[..., None])).mean().exp())
+    print("MEASURED", name, d, ppl, run.exact.value / ppl - 1, run.file.value / ppl - 1)

@@ -1,0 +1,187 @@
+"""The two streams: what they carry, what is measured on the way, and that every block runs once per stream."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from qronos_export import calibration
+from qronos_export.calibration import Clock, Group
+from qronos_export.checkpoint import LazyModel, open_checkpoint
+from tests.families import FAMILIES, make
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> LazyModel:
+    folder = make(request.param, tmp_path_factory.mktemp(request.param) / request.param)
+    return LazyModel(open_checkpoint(str(folder)))
+
+
+def tokens(model: LazyModel, samples: int = 6, length: int = 24) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(5, model.embedding.num_embeddings, (samples, length), generator=generator)
+
+
+def walk(model: LazyModel, ids: Tensor, batch: int, embedding: Tensor | None = None) -> Iterator[tuple[Group, list]]:
+    """Every group of the model, in order, with the micro-batches (whose states are final once this is exhausted)."""
+    decoder = calibration.Decoder(model.model.get_decoder(), model.blocks)
+    batches = calibration.enter(decoder, model.embedding, embedding, ids, batch)
+    for index, name in enumerate(model.block_names):
+        block = model.load_block(index)
+        for groups in calibration.walk(block, index, name, batches, lambda weight: True, Clock()):
+            for group in groups:
+                yield group, batches
+        model.release_block(index)
+
+
+def coarse(weight: Tensor) -> Tensor:
+    """A crude rounding, to set the streams apart."""
+    step = weight.abs().amax(1, keepdim=True).clamp(min=1e-8) / 7
+    return (weight / step).round() * step
+
+
+def leave(model: LazyModel, batches: list, stream: str) -> Tensor:
+    decoder = calibration.Decoder(model.model.get_decoder(), model.blocks)
+    return torch.cat([decoder.leave(batch.tokens, getattr(batch, stream)) for batch in batches])
+
+
+def plain(model: LazyModel, ids: Tensor) -> Tensor:
+    """The decoder's own forward with everything loaded."""
+    for index in range(len(model.blocks)):
+        model.load_block(index)
+    return model.model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
+
+
+def test_streams_are_the_models_own_forward(model: LazyModel) -> None:
+    """Rounded on the way, the float stream ends as the float model, the quantized stream as the rounded one."""
+    ids = tokens(model)
+    rounded: dict[str, Tensor] = {}
+    ended: list = []
+    for group, batches in walk(model, ids, batch=4):
+        ended = batches
+        for matrix in group.matrices:
+            rounded[matrix.name] = coarse(matrix.weight)
+            matrix.quantized.copy_(rounded[matrix.name])
+    x, x_hat = leave(model, ended, "x"), leave(model, ended, "x_hat")
+    expected = plain(model, ids)
+    # 1e-4: experts' sums run in another order than transformers' own
+    torch.testing.assert_close(x, expected, rtol=1e-4, atol=1e-4)
+    for index, name in enumerate(model.block_names):
+        for weight_name, weight in calibration.block_matrices(model.blocks[index], name).items():
+            weight.copy_(rounded.pop(weight_name))
+    assert not rounded
+    quantized = model.model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
+    torch.testing.assert_close(x_hat, quantized, rtol=1e-4, atol=1e-4)
+    assert float((x - x_hat).abs().max()) > 1e-2, "the rounding was meant to be felt"
+
+
+def test_statistics_are_those_of_hooks(model: LazyModel) -> None:
+    """H and G of every linear equal second moments collected by plain forward hooks on the whole model."""
+    ids = tokens(model)
+    stats = {matrix.name: group.stats for group, _ in walk(model, ids, batch=4) for matrix in group.matrices}
+    seen: dict[str, Tensor] = {}
+    plain(model, ids)
+    hooks = [
+        module.register_forward_hook(
+            lambda _m, inputs, _o, name=name: seen.__setitem__(f"{name}.weight", inputs[0].flatten(0, -2))
+        )
+        for name, module in model.model.named_modules()
+        if isinstance(module, nn.Linear) and "layers" in name
+    ]
+    model.model.get_decoder()(input_ids=ids, use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    assert seen
+    for name, inputs in seen.items():
+        assert stats[name].tokens == len(inputs) == ids.numel()
+        moment = inputs.T @ inputs / len(inputs)
+        torch.testing.assert_close(stats[name].hessian, moment, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(stats[name].cross, moment, rtol=1e-3, atol=1e-4)
+
+
+def test_batching_does_not_matter(model: LazyModel) -> None:
+    ids = tokens(model)
+    one, all_at_once = (
+        [(group.matrices[0].name, group.stats) for group, _ in walk(model, ids, batch)] for batch in (1, 6)
+    )
+    for (name, a), (other, b) in zip(one, all_at_once, strict=True):
+        assert name == other and a.tokens == b.tokens
+        torch.testing.assert_close(a.hessian, b.hessian, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(a.cross, b.cross, rtol=1e-3, atol=1e-4)
+
+
+def test_each_block_runs_once_per_stream(model: LazyModel) -> None:
+    """A block's norms see every token twice in all: once per stream, however many groups of layers it has."""
+    calls: Counter[str] = Counter()
+    norm = next(name for name, _ in model.blocks[0].named_modules() if name.endswith("layernorm"))
+    original = type(model.blocks[0].get_submodule(norm)).forward
+
+    def counted(self: nn.Module, hidden: Tensor) -> Tensor:
+        calls["tokens"] += hidden.shape[0] * hidden.shape[1] if hidden.ndim == 3 else 0
+        return original(self, hidden)
+
+    ids = tokens(model)
+    decoder = calibration.Decoder(model.model.get_decoder(), model.blocks)
+    batches = calibration.enter(decoder, model.embedding, None, ids, 2)
+    kind = type(model.blocks[0].get_submodule(norm))
+    norms = sum(
+        type(part) is kind and part.weight.numel() == batches[0].x.shape[-1] for part in model.blocks[0].modules()
+    )
+    block = model.load_block(0)
+    kind.forward = counted  # type: ignore[method-assign]
+    try:
+        groups = sum(len(each) for each in calibration.walk(block, 0, "block", batches, lambda _: True, Clock()))
+    finally:
+        kind.forward = original  # type: ignore[method-assign]
+        model.release_block(0)
+    assert groups >= 4
+    assert calls["tokens"] == 2 * norms * ids.numel()
+
+
+def test_groups_share_inputs(model: LazyModel) -> None:
+    """q, k, v together; gate and up together; experts one by one. No weight twice."""
+    groups = [[matrix.name for matrix in group.matrices] for group, _ in walk(model, tokens(model, 2), batch=2)]
+    names = [name for group in groups for name in group]
+    assert len(names) == len(set(names))
+    wanted = {
+        name
+        for index, block in enumerate(model.block_names)
+        for name in calibration.block_matrices(model.load_block(index), block)
+    }
+    routers = {name for name in wanted - set(names) if "router" in name or name.endswith(".gate.weight")}
+    assert set(names) == wanted - routers
+    attention = next(group for group in groups if any("q_proj" in name or "qkv" in name for name in group))
+    assert len(attention) in (1, 3)
+
+
+def test_experts_see_only_their_tokens(model: LazyModel) -> None:
+    stats = {
+        matrix.name: group.stats
+        for group, _ in walk(model, tokens(model), batch=4)
+        for matrix in group.matrices
+        if ".experts." in matrix.name
+    }
+    if not stats:
+        assert "moe" not in model.model.config.model_type and "mixtral" not in model.model.config.model_type
+        return
+    per_token = model.model.config.num_experts_per_tok
+    for block in model.block_names:
+        for stage in ("up_proj", "down_proj"):
+            routed = [s.tokens for name, s in stats.items() if name.startswith(f"{block}.") and stage in name]
+            assert sum(routed) == per_token * tokens(model).numel()
+
+
+def test_the_quantized_stream_starts_from_the_quantized_embedding(tmp_path: Path) -> None:
+    model = LazyModel(open_checkpoint(str(make("llama", tmp_path / "llama"))))
+    ids = tokens(model)
+    table = model.embedding.weight.clone()
+    decoder = calibration.Decoder(model.model.get_decoder(), model.blocks)
+    batches = calibration.enter(decoder, model.embedding, coarse(table), ids, 4)
+    assert torch.equal(model.embedding.weight, table)
+    assert torch.equal(torch.cat([b.x for b in batches]), table[ids])
+    assert torch.equal(torch.cat([b.x_hat for b in batches]), coarse(table)[ids])

@@ -1,0 +1,130 @@
+"""Calibration text: what a window is, that seeds repeat, and what is refused."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from qronos_export.checkpoint import Checkpoint, open_checkpoint, tokenizer
+from qronos_export.corpus import PIECE, _pieces, calibration_tokens, held_out_text
+from qronos_export.errors import CalibrationError
+from tests.families import make
+
+
+@pytest.fixture(scope="module")
+def bos(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    """A model whose tokenizer puts a BOS (id 1) first."""
+    return open_checkpoint(str(make("phi3", tmp_path_factory.mktemp("models") / "bos")))
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    """A model whose tokenizer puts nothing first."""
+    return open_checkpoint(str(make("llama_tied", tmp_path_factory.mktemp("models") / "plain")))
+
+
+@pytest.fixture(scope="module")
+def book(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("text") / "book.txt"
+    file.write_text(held_out_text(), encoding="utf-8")
+    return file
+
+
+def test_windows_are_disjoint_places_of_the_text_in_order(plain: Checkpoint, tmp_path: Path) -> None:
+    text = held_out_text()[:PIECE]
+    (tmp_path / "part.txt").write_text(text, encoding="utf-8")
+    corpus = calibration_tokens(str(tmp_path / "part.txt"), plain, samples=20, length=64, seed=3)
+    assert corpus.tokens.shape == (20, 64)
+    assert corpus.tokens.dtype == torch.int64
+    whole = torch.tensor(tokenizer(plain)(text, verbose=False)["input_ids"]).unfold(0, 64, 64)
+    places = [int((whole == window).all(1).nonzero()[0]) for window in corpus.tokens]
+    assert places == sorted(set(places))
+
+
+def test_the_same_seed_gives_the_same_tokens_and_another_seed_others(plain: Checkpoint, book: Path) -> None:
+    first, again, other = (calibration_tokens(str(book), plain, samples=8, length=32, seed=seed) for seed in (0, 0, 1))
+    assert torch.equal(first.tokens, again.tokens)
+    assert first.sha256 == again.sha256 != other.sha256
+
+
+def test_every_window_opens_with_the_tokenizers_bos(bos: Checkpoint, book: Path) -> None:
+    tokens = calibration_tokens(str(book), bos, samples=4, length=32, seed=0).tokens
+    assert (tokens[:, 0] == 1).all()
+    assert (tokens[:, 1:] != 1).all()
+
+
+def test_tokenizing_in_pieces_is_tokenizing_whole_but_for_newlines_at_cuts(plain: Checkpoint) -> None:
+    text = held_out_text()
+    pieces = list(_pieces(text))
+    assert "".join(pieces) == text
+    assert len(pieces) > 3
+    assert all(len(piece) >= PIECE for piece in pieces[:-1])
+    encode = tokenizer(plain)
+    whole = encode(text, verbose=False)["input_ids"]
+    joined = [i for piece in encode(pieces, verbose=False)["input_ids"] for i in piece]
+    assert encode.decode(joined) == text
+    assert abs(len(joined) - len(whole)) < len(pieces)
+
+
+def test_a_short_text_says_how_much_it_has_and_what_would_fit(plain: Checkpoint, tmp_path: Path) -> None:
+    (tmp_path / "short.txt").write_text("one two three four five six seven eight nine ten\n" * 10)
+    with pytest.raises(CalibrationError, match=r"short.txt has 110 tokens; 8 samples of 32 need 256.*--samples 3\."):
+        calibration_tokens(str(tmp_path / "short.txt"), plain, samples=8, length=32, seed=0)
+
+
+def test_unreadable_text(plain: Checkpoint, tmp_path: Path) -> None:
+    (tmp_path / "binary").write_bytes(b"GGUF\xff\xfe\x00")
+    with pytest.raises(CalibrationError, match=r"not UTF-8 text \(byte 4 is 0xff\)"):
+        calibration_tokens(str(tmp_path / "binary"), plain, samples=1, length=8, seed=0)
+    with pytest.raises(CalibrationError, match="cannot be read"):
+        calibration_tokens(str(tmp_path / "absent.txt"), plain, samples=1, length=8, seed=0)
+
+
+def test_the_model_writes_its_own_calibration_text(bos: Checkpoint, plain: Checkpoint) -> None:
+    seen: list[tuple[int, int]] = []
+    first, again, other = (
+        calibration_tokens("self", plain, samples=40, length=16, seed=seed, on_progress=lambda *step: seen.append(step))
+        for seed in (0, 0, 1)
+    )
+    assert first.tokens.shape == (40, 16)
+    assert torch.equal(first.tokens, again.tokens)
+    assert not torch.equal(first.tokens, other.tokens)
+    assert len(set(first.tokens[:, 0].tolist())) > 30
+    assert seen[: len(seen) // 3][-1] == (640, 640)
+    assert (calibration_tokens("self", bos, samples=2, length=8, seed=0).tokens[:, 0] == 1).all()
+
+
+@pytest.fixture
+def offline_datasets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    datasets.disable_progress_bars()
+    yield
+    datasets.enable_progress_bars()
+
+
+@pytest.mark.usefixtures("offline_datasets")
+def test_a_dataset_of_texts_or_of_messages(plain: Checkpoint, tmp_path: Path) -> None:
+    for column, rows in {
+        "text": ["A line of text that says nothing in particular.\n"] * 40,
+        "messages": [[{"role": "user", "content": "What is nothing?"}]] * 40,
+    }.items():
+        folder = tmp_path / column
+        folder.mkdir()
+        (folder / "train.jsonl").write_text("".join(json.dumps({column: row}) + "\n" for row in rows))
+        corpus = calibration_tokens(f"hf:{folder}", plain, samples=4, length=32, seed=0)
+        text = tokenizer(plain).decode(corpus.tokens[0])
+        assert ("<|im_start|>user\nWhat is nothing?<|im_end|>" in text) == (column == "messages")
+
+
+@pytest.mark.usefixtures("offline_datasets")
+def test_datasets_that_cannot_be_used(plain: Checkpoint, tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text('{"number": 1}\n')
+    with pytest.raises(CalibrationError, match="has the columns number; needed"):
+        calibration_tokens(f"hf:{tmp_path}", plain, samples=1, length=8, seed=0)
+    with pytest.raises(CalibrationError, match="cannot be loaded"):
+        calibration_tokens(f"hf:{tmp_path}::absent", plain, samples=1, length=8, seed=0)
+    with pytest.raises(CalibrationError, match="is not hf:NAME"):
+        calibration_tokens("hf:", plain, samples=1, length=8, seed=0)
