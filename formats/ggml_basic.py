@@ -61,7 +61,7 @@ class Q4_0(BlockFormat):
     name, ggml_type, block_size, block_bytes = "Q4_0", 2, 32, 2 + 16
     levels = Integers(-8, 7)
     # ggml's rule, −8, first; both signs; beyond the ends (clipping the peak) and short of them.
-    reach = (-8.0, *(sign * (5.0 + 0.5 * step) for step in range(10) for sign in (-1.0, 1.0)))
+    reach = (-8.0, 8.0, -7.0, 7.0, -6.0, 6.0, -9.0, 9.0)
 
     def fit(self, weights: Tensor, importance: Tensor | None = None) -> Grid:
         return _fit_blocks(weights, importance, self.levels, self.reach)
@@ -85,7 +85,7 @@ class Q8_0(BlockFormat):
 
     name, ggml_type, block_size, block_bytes = "Q8_0", 8, 32, 2 + 32
     levels = Integers(-127, 127)
-    reach = (127.0, 126.8, 126.6, 126.4, 126.2, 126.0, 125.5, 125.0, 124.0)
+    reach = (127.0, 126.0, 125.0)
 
     def fit(self, weights: Tensor, importance: Tensor | None = None) -> Grid:
         return _fit_blocks(weights, importance, self.levels, self.reach)

@@ -28,7 +28,7 @@ class Q6_K(BlockFormat):
 
     name, ggml_type, block_size, block_bytes = "Q6_K", 14, 256, 128 + 64 + 16 + 2
     levels = Integers(-32, 31)
-    reach = (-32.0, *(sign * (30.0 + 0.25 * step) for step in range(11) for sign in (-1.0, 1.0)))
+    reach = (-32.0, 32.0, -31.0, 31.0, -30.0, 30.0)
     ends = (-128.0, 127.0, -127.0, -126.0, -124.0, -122.0, -120.0)  # where the largest sub-scale may land
 
     def fit(self, weights: Tensor, importance: Tensor | None = None) -> Grid:

@@ -32,8 +32,9 @@ def search_scale(weights: Tensor, importance: Tensor, levels: Integers, reach: S
     """Best real, signed scale of each group: float32 [groups] for `weights` and `importance` [size, groups].
 
     The weight of largest magnitude m is put on each number of `reach` in turn (its sign decides the sign of the
-    scale); given the codes that follow, the best scale is Σ w·x·q / Σ w·q² and lowers the error by
-    (Σ w·x·q)² / Σ w·q². The candidate that lowers it most wins. Groups of zeros get scale 0.
+    scale), then half and a quarter beside the best of them. Given the codes that follow, the best scale is
+    Σ w·x·q / Σ w·q² and lowers the error by (Σ w·x·q)² / Σ w·q². The candidate that lowers it most wins. Groups of
+    zeros get scale 0.
     """
     return _in_chunks(lambda x, imp: _search(x, imp, levels, reach), weights, importance)
 
@@ -43,13 +44,24 @@ def _search(x: Tensor, importance: Tensor, levels: Integers, reach: Sequence[flo
     peak = _peak(x)
     per_peak = reciprocal(peak)
     chosen, gain = peak / reach[0], torch.zeros_like(peak)
-    for anchor in reach:
+    anchors = torch.full_like(peak, reach[0])
+
+    def try_on(anchor: Tensor) -> None:
+        nonlocal chosen, gain, anchors
         codes = _codes(x, per_peak * anchor, levels)
         along = (codes * weighted).sum(0)
         scale = along / codes.square_().mul_(importance).sum(0)
         better = along * scale > gain  # false where all codes are 0: 0/0 compares as false
         chosen = torch.where(better, scale, chosen)
         gain = torch.where(better, along * scale, gain)
+        anchors = torch.where(better, anchor, anchors)
+
+    for start in reach:
+        try_on(torch.full_like(peak, start))
+    for beside in (0.5, 0.25):
+        best = anchors
+        try_on(best - beside)
+        try_on(best + beside)
     return chosen
 
 

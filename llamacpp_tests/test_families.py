@@ -116,7 +116,9 @@ def export(exports: Exports, request: pytest.FixtureRequest) -> Export:
 def test_metadata_names_and_shapes_are_upstreams(export: Export) -> None:
     ours, float_file, theirs = (metadata(file) for file in (export.ours, export.float, export.theirs))
     typed = {"general.file_type", "general.quantization_version"}
-    assert {key: ours[key] for key in ours.keys() - typed} == {key: float_file[key] for key in float_file.keys() - typed}
+    assert {key: ours[key] for key in ours.keys() - typed} == {
+        key: float_file[key] for key in float_file.keys() - typed
+    }
     assert {key: ours[key] for key in typed} == {key: theirs[key] for key in typed}
     assert [(t.name, t.shape) for t in export.ours.tensors.values()] == [
         (t.name, t.shape) for t in export.float.tensors.values()
@@ -201,9 +203,7 @@ def measured(
         export, folder = exports(name), tmp_path_factory.mktemp(f"{name}-measured")
         text = folder / "held.txt"
         text.write_text(english.read_text(encoding="utf-8")[:4000], encoding="utf-8")
-        widened = llamacpp.quantize(
-            export.ours.path, folder / "widened.gguf", "F32", options=["--allow-requantize"]
-        )
+        widened = llamacpp.quantize(export.ours.path, folder / "widened.gguf", "F32", options=["--allow-requantize"])
         exact = llamacpp.perplexity(
             widened, text, context=CONTEXT, chunks=CHUNKS, logits=folder / "scores", options=EXACT
         )

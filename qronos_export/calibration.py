@@ -157,31 +157,36 @@ def walk(
         Block(each, lambda part: _wanted(module, f"{name}.{part}", part, wanted)) for each in (module, quantized_module)
     )
 
-    first, *others = batches
-    stops, arrivals, output = float_block.observe(first.x, first.arguments[index])
-    quantized_block.stop_at(stops)
-    pairs = [
-        (float_block.start(batch.x, batch.arguments[index]), quantized_block.start(batch.x_hat, batch.arguments[index]))
-        for batch in others
-    ]
-    lead = quantized_block.start(first.x_hat, first.arguments[index])
-    clock.lap("forward")
-    for number, stop in enumerate(stops):
-        groups = _groups(module, quantized_module, name, stop)
-        payload, arrivals[number] = arrivals[number], None
-        _observe(groups, stop, module, payload, _switched(lead, clock), clock)
-        del payload
-        for float_forward, quantized_forward in pairs:
-            x = _switched(float_forward, clock)
-            _observe(groups, stop, module, x, _switched(quantized_forward, clock), clock)
-        clock.lap("statistics")
-        yield groups
-        clock.lap(None)
-    first.x, first.x_hat = output, _switched(lead, clock)
-    for batch, (float_forward, quantized_forward) in zip(others, pairs, strict=True):
-        batch.x, batch.x_hat = _switched(float_forward, clock), _switched(quantized_forward, clock)
-    for part in module.modules():
-        part.__dict__.pop("forward", None)
+    try:
+        first, *others = batches
+        stops, arrivals, output = float_block.observe(first.x, first.arguments[index])
+        quantized_block.stop_at(stops)
+        pairs = [
+            (
+                float_block.start(batch.x, batch.arguments[index]),
+                quantized_block.start(batch.x_hat, batch.arguments[index]),
+            )
+            for batch in others
+        ]
+        lead = quantized_block.start(first.x_hat, first.arguments[index])
+        clock.lap("forward")
+        for number, stop in enumerate(stops):
+            groups = _groups(module, quantized_module, name, stop)
+            payload, arrivals[number] = arrivals[number], None
+            _observe(groups, stop, module, payload, _switched(lead, clock), clock)
+            del payload
+            for float_forward, quantized_forward in pairs:
+                x = _switched(float_forward, clock)
+                _observe(groups, stop, module, x, _switched(quantized_forward, clock), clock)
+            clock.lap("statistics")
+            yield groups
+            clock.lap(None)
+        first.x, first.x_hat = output, _switched(lead, clock)
+        for batch, (float_forward, quantized_forward) in zip(others, pairs, strict=True):
+            batch.x, batch.x_hat = _switched(float_forward, clock), _switched(quantized_forward, clock)
+    finally:
+        float_block.restore()
+        quantized_block.restore()
 
 
 def head_statistics(decoder: Decoder, batches: list[MicroBatch], clock: Clock) -> LayerStats:

@@ -109,7 +109,12 @@ def quantize(
     held = Held(text, context, chunks) if validate else None
     with _progress() as progress:
         task = progress.add_task("start", total=None, detail="")
-        for event in run(wanted, output, llamacpp=find(llamacpp), held=held, force=force):
+
+        def on_progress(done: int, total: int) -> None:
+            progress.update(task, completed=done, total=total)
+
+        tools = find(llamacpp)
+        for event in run(wanted, output, llamacpp=tools, held=held, force=force, on_progress=on_progress):
             if isinstance(event, Stage):
                 progress.reset(task, total=event.steps, description=event.name, detail="")
             elif isinstance(event, Step):

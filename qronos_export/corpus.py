@@ -24,8 +24,10 @@ PIECE = 1 << 16
 """Characters tokenized at a time; pieces end at line ends, where at most the newline's own token differs."""
 BYTES_PER_TOKEN = 64
 """Of a text this many times longer than needed (about 4 bytes make a token), pieces are skipped evenly."""
-BATCH = 32
-"""Sequences sampled side by side: 32 × 512 tokens hold 360 MB of keys and values in a 135M model."""
+BATCH = 64
+"""At most so many windows are sampled side by side; per core, 128 were 1.7 times as fast as 32."""
+CACHE_BYTES = 4 << 30
+"""Float32 keys and values of a batch stay below this, counted as if every head had its own."""
 
 Progress = Callable[[int, int], None]
 
@@ -172,9 +174,11 @@ def _from_model(
         do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=length - 1, pad_token_id=0
     )
     counter = _TokenCounter(samples * length, on_progress)
+    shape = model.config.get_text_config()
+    at_once = min(BATCH, max(1, CACHE_BYTES // (length * shape.num_hidden_layers * shape.hidden_size * 8)))
     batches = []
-    for start in range(0, samples, BATCH):
-        size = min(BATCH, samples - start)
+    for start in range(0, samples, at_once):
+        size = min(at_once, samples - start)
         with torch.random.fork_rng(devices=[device] if model.device.type == "cuda" else []):
             torch.manual_seed(seed + start)
             first = (

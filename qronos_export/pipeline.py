@@ -8,7 +8,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,8 +66,18 @@ class Held:
     chunks: int | None = 40
 
 
-def run(recipe: Recipe, output: Path, *, llamacpp: LlamaCpp, held: Held | None, force: bool = False) -> Iterator[Event]:
+def run(
+    recipe: Recipe,
+    output: Path,
+    *,
+    llamacpp: LlamaCpp,
+    held: Held | None,
+    force: bool = False,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> Iterator[Event]:
     """Quantize by `recipe` into `output`/<model>-<format>.gguf and report.json; `held` None skips validation.
+
+    `on_progress(done, total)` is called within stages that are one call: sampling text, llama.cpp's runs.
 
     Raises QronosError; then, and when interrupted, nothing partial is left in `output`.
     """
@@ -106,6 +116,7 @@ def run(recipe: Recipe, output: Path, *, llamacpp: LlamaCpp, held: Held | None, 
                 length=recipe.sequence_length,
                 seed=recipe.seed,
                 device=device,
+                on_progress=on_progress,
             )
             clock.lap("calibration")
             result.calibration = {"text": tokens.description, "tokens": tokens.tokens.numel(), "sha256": tokens.sha256}
@@ -134,11 +145,18 @@ def run(recipe: Recipe, output: Path, *, llamacpp: LlamaCpp, held: Held | None, 
         result.write(report_path)
 
         if held and text:
-            yield Stage("validate")
+            yield Stage("validate: float model")
             with Reference(
-                source.path, text, llamacpp=llamacpp, workspace=folder, context=held.context, chunks=held.chunks
+                source.path,
+                text,
+                llamacpp=llamacpp,
+                workspace=folder,
+                context=held.context,
+                chunks=held.chunks,
+                on_chunk=on_progress,
             ) as reference:
-                result.validation = reference.compare(artifact).to_json()
+                yield Stage("validate")
+                result.validation = reference.compare(artifact, on_chunk=on_progress).to_json()
             clock.lap("validate")
             result.seconds = {**clock.seconds, "total": time.perf_counter() - begun}
             result.write(report_path)

@@ -57,6 +57,11 @@ class Block:
             elif is_experts(part) and wanted(name):
                 part.forward = self._experts(name, part)
 
+    def restore(self) -> None:
+        """Give the modules their own forwards back. They and ours hold each other: without this neither is freed."""
+        for part in self.module.modules():
+            part.__dict__.pop("forward", None)
+
     def observe(self, hidden: Tensor, kwargs: dict[str, Any]) -> tuple[list[Stop], list[Any], Tensor]:
         """Run once without waiting: the stops in order, what arrived at each, and the block's output.
 
