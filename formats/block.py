@@ -14,6 +14,8 @@ from typing import ClassVar, Protocol, final
 import torch
 from torch import Tensor
 
+_CHUNK = 1 << 22  # weights converted at a time: large tables need little room beside themselves
+
 
 class FormatError(ValueError):
     """Weights and a format do not fit together; the message says which and what would."""
@@ -142,15 +144,26 @@ class BlockFormat(ABC):
     @final
     def dequantize(self, blocks: Tensor) -> Tensor:
         """Stored values of `blocks`: float32 [rows, columns], bit for bit what ggml computes."""
-        codes, grid = self.unpack(blocks)
-        return grid.values(codes)
+        columns = blocks.shape[1] // self.block_bytes * self.block_size
+        values = torch.empty(len(blocks), columns, device=blocks.device)
+        step = max(1, _CHUNK // columns)
+        for start in range(0, len(blocks), step):
+            codes, grid = self.unpack(blocks[start : start + step])
+            values[start : start + step] = grid.values(codes)
+        return values
 
     @final
     def quantize(self, weights: Tensor, importance: Tensor | None = None) -> Tensor:
         """Blocks of `weights` rounded to the nearest value of their fitted grid: uint8 [rows, row_bytes]."""
         self.check(weights.shape[1])
-        grid = self.fit(weights, importance)
-        return self.pack(grid.nearest(weights), grid)
+        blocks = torch.empty(len(weights), self.row_bytes(weights.shape[1]), dtype=torch.uint8, device=weights.device)
+        step = max(1, _CHUNK // weights.shape[1])
+        for start in range(0, len(weights), step):
+            rows = slice(start, start + step)
+            part = importance if importance is None or importance.ndim == 1 else importance[rows]
+            grid = self.fit(weights[rows], part)
+            blocks[rows] = self.pack(grid.nearest(weights[rows]), grid)
+        return blocks
 
     @final
     def row_bytes(self, columns: int) -> int:

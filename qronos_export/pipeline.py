@@ -22,6 +22,7 @@ from qronos_export.checkpoint import Checkpoint, LazyModel, open_checkpoint
 from qronos_export.errors import OutputError, UsageError
 from qronos_export.layers import round_group
 from qronos_export.llamacpp import LlamaCpp
+from qronos_export.memory import give_back, peak_memory
 from qronos_export.plan import Plan, quantized_names
 from qronos_export.recipe import Recipe
 from qronos_export.report import Artifact, LayerReport, RunReport
@@ -141,7 +142,7 @@ def run(
         fresh.replace(artifact)
         clock.lap("write")
         result.seconds = {**clock.seconds, "total": time.perf_counter() - begun}
-        result.peak_memory_bytes = report.peak_memory()
+        result.peak_memory_bytes = peak_memory()
         result.write(report_path)
 
         if held and text:
@@ -191,6 +192,7 @@ def calibrate(
     clock.lap("rounding")
     batches = calibration.enter(decoder, model.embedding, embedding.matrices[0].quantized, tokens, recipe.micro_batch)
     del embedding
+    give_back()
     clock.lap("forward")
 
     for index, name in enumerate(model.block_names):
@@ -206,6 +208,7 @@ def calibrate(
                 clock.lap("rounding")
                 yield from layers
         model.release_block(index)
+        give_back()
 
     if model.head is not None and not model.tied:
         head = _head_matrix(model, plan)
@@ -230,6 +233,7 @@ def round_to_nearest(model: LazyModel, plan: Plan, store: gguf.BlockStore, clock
             yield from round_group(group, plan, rtn, settings, store)
         clock.lap("rounding")
         model.release_block(index)
+        give_back()
     if model.head is not None and not model.tied:
         yield from round_group(Group([_head_matrix(model, plan)], LayerStats(0)), plan, rtn, settings, store)
     clock.lap("rounding")

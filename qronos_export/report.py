@@ -6,8 +6,6 @@ import hashlib
 import json
 import os
 import platform
-import resource
-import sys
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -87,9 +85,3 @@ def versions(llama_cpp: str) -> dict[str, str]:
 def sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def peak_memory() -> int:
-    """Largest resident set of this process so far, in bytes; on a GPU, of its memory pool."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024

@@ -41,7 +41,9 @@ def fixed(fmt: BlockFormat, weight: Tensor) -> tuple[object, naive.Nearest]:
 
 def swept(target: Tensor, stats: LayerStats, damping: float, grid, first: Tensor | None = None, **options) -> Tensor:
     normal = normal_equations(stats, damping, "natural")
-    codes, grid, _ = sweep(target, normal.feedback, Q4, importance=normal.pivots, grid=grid, first=first, **options)
+    codes, grid, _ = sweep(
+        target, normal.feedback, Q4, importance=normal.hessian.diagonal(), grid=grid, first=first, **options
+    )
     return grid.values(codes)
 
 

@@ -93,9 +93,11 @@ def row_hashes(weights: Tensor) -> Tensor:
     """A 64-bit hash of the bits of every row: int64 [rows] for float32 `weights` [rows, columns]."""
     generator = torch.Generator().manual_seed(0x51A05)
     keys = torch.randint(-(2**63), 2**63 - 1, (weights.shape[1],), generator=generator).to(weights.device)
-    bits = (weights + 0.0).contiguous().view(torch.int32)  # + 0.0: both zeros hash alike
-    step = max(1, _CHUNK // weights.shape[1])
-    return torch.cat([(part * keys).sum(1) for part in bits.to(torch.int64).split(step)])
+    hashes = [
+        ((part + 0.0).contiguous().view(torch.int32).to(torch.int64) * keys).sum(1)  # + 0.0: both zeros hash alike
+        for part in weights.split(max(1, _CHUNK // weights.shape[1]))
+    ]
+    return torch.cat(hashes)
 
 
 class RowIndex:

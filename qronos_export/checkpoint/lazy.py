@@ -5,7 +5,9 @@ parameters). Its own machinery does that here too, on the tensors of one block p
 which tensors those are. It refuses checkpoints that do not fill the model and weights that are not finite.
 """
 
-from collections.abc import Iterable
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from itertools import groupby
 from pathlib import Path
 from typing import cast
@@ -126,7 +128,7 @@ class LazyModel:
         self.model.requires_grad_(False)
 
     def _load(self, keys: list[str]) -> LoadStateDictInfo:
-        with quiet():
+        with quiet(), _one_thread():
             info, _ = convert_and_load_state_dict_in_model(
                 self.model, read_finite(self.checkpoint, keys), self._load_config
             )
@@ -176,6 +178,21 @@ def read_finite(checkpoint: Checkpoint, keys: Iterable[str]) -> dict[str, Tensor
                     raise CheckpointError(f"{key} in {file} holds NaN or infinity; the checkpoint is damaged.")
                 tensors[key] = tensor
     return tensors
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """The tensors are in memory already; transformers' loading threads would only scatter copies over their heaps."""
+    name = "HF_DEACTIVATE_ASYNC_LOAD"
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
 
 
 def _config(checkpoint: Checkpoint) -> PreTrainedConfig:

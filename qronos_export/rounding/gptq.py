@@ -28,9 +28,10 @@ def diffuse(
     target: Tensor, normal: Normal, fmt: BlockFormat, method: str, mismatch: Tensor, first: Tensor | None = None
 ) -> Rounded:
     """Sweep `target` [rows, columns]; the loss follows from the bookkeeping Σ e_t² / U_tt², exactly and for free."""
-    grid = None if normal.order is None else fmt.fit(target, normal.pivots)
+    importance = normal.hessian.diagonal()
+    grid = None if normal.order is None else fmt.fit(target, importance)
     codes, grid, errors = sweep(
-        target, normal.feedback, fmt, importance=normal.pivots, order=normal.order, grid=grid, first=first
+        target, normal.feedback, fmt, importance=importance, order=normal.order, grid=grid, first=first
     )
     loss = torch.einsum("tr,t->r", errors.square_(), normal.upper.diagonal().pow(-2).to(errors.dtype))
     rows, columns = target.shape

@@ -44,14 +44,6 @@ class Normal:
         """M_ts = U_ts / U_tt, float32."""
         return (self.upper / self.upper.diagonal()[:, None]).to(torch.float32)
 
-    @property
-    def pivots(self) -> Tensor:
-        """1 / U_tt² in storage order: the loss per squared error of a column whose successors compensate. [features]"""
-        pivots = self.upper.diagonal().pow(-2).to(torch.float32)
-        if self.order is None:
-            return pivots
-        return torch.empty_like(pivots).scatter_(0, self.order, pivots)
-
     def project(self, weight: Tensor, shrinkage: float) -> tuple[Tensor, Tensor]:
         """The least-squares weights V = W(G_β + λI)(H + λI)⁻¹ for inputs X̂ and outputs XWᵀ, G_β = H + β(G − H).
 

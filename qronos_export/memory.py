@@ -1,0 +1,23 @@
+"""This process's memory: its peak, and giving back what was freed."""
+
+from __future__ import annotations
+
+import ctypes
+import resource
+import sys
+
+
+def peak_memory() -> int:
+    """Largest resident set of this process so far, in bytes. Memory on a GPU is not in it."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def give_back() -> None:
+    """Return freed memory to the system where the C library has a way to.
+
+    glibc keeps what lies between live pieces of its heap; without this the resident set creeps up with every block.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)
