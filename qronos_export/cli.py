@@ -205,10 +205,12 @@ def llamacpp_where(llamacpp: LlamaCppOption = None) -> None:
 
 def _summary(result: RunReport, folder: Path) -> None:
     checked = result.validation
-    rows = [
-        (f"{folder / a.path}", f"{a.bytes / 1e6:.1f} MB, {a.bits_per_weight:.3f} bits a weight")
-        for a in result.artifacts
-    ]
+    rows: list[tuple[str, str]] = []
+    for artifact in result.artifacts:
+        rows += [
+            ("file", str(folder / artifact.path)),
+            ("size", f"{artifact.bytes / 1e6:.1f} MB, {artifact.bits_per_weight:.3f} bits a weight"),
+        ]
     if checked:
         rows += [
             ("perplexity", f"{checked['perplexity']:.3f}, float {checked['perplexity_reference']:.3f}"),

@@ -65,6 +65,18 @@ def calibration_tokens(
     return Corpus(tokens, description, hashlib.sha256(tokens.numpy().astype("<i8").tobytes()).hexdigest())
 
 
+def check_length(text: Path, checkpoint: Checkpoint, needed: int) -> None:
+    """Raises CalibrationError unless `text` has at least `needed` tokens; reads no more of it than that takes."""
+    with text.open(encoding="utf-8", errors="replace") as file:
+        head = file.read(BYTES_PER_TOKEN * needed)
+    found = len(tokenizer(checkpoint)(head, verbose=False)["input_ids"])
+    if found < needed:
+        raise CalibrationError(
+            f"{text} is too short: {found} tokens, and two chunks need {needed}. "
+            "Use a longer text or a smaller --context."
+        )
+
+
 def held_out_text() -> str:
     """0.5 to 0.7 MB of English that every Python carries: the topics of its own `help()`."""
     from pydoc_data.topics import topics

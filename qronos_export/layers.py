@@ -55,9 +55,14 @@ def _round_rows(
     started = time.perf_counter()
     fmt: BlockFormat = plan.format(jobs[0][1])
     device = jobs[0][0].weight.device
-    weight = torch.cat([matrix.weight[target.rows.to(device)] for matrix, target in jobs]).to(torch.float32)
-    rounded = (rtn if fmt.is_float else rounder)(weight, stats, fmt, settings)
-    power = ((weight @ stats.hessian) * weight).sum(1) if stats.tokens else weight.square().sum(1)
+    parts = [matrix.weight[target.rows.to(device)].to(torch.float32) for matrix, target in jobs]
+    weight = parts[0] if len(parts) == 1 else torch.cat(parts)
+    del parts
+    if fmt.is_float:
+        rounder = rtn
+        note = f"rows of {weight.shape[1]} weights divide into no block of the format; llama.cpp's substitute"
+    rounded = rounder(weight, stats, fmt, settings)
+    power = torch.linalg.vecdot(weight @ stats.hessian if stats.tokens else weight, weight)
     values = rounded.weight.dequantize()
     seconds = (time.perf_counter() - started) / len(weight)  # per row
 

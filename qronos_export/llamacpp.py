@@ -4,6 +4,8 @@ The tools are real programs on this machine; this module never downloads or buil
 guesses a number that a tool did not print. A file a tool writes appears whole or not at all.
 """
 
+import contextlib
+import functools
 import os
 import re
 import shutil
@@ -12,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ParamSpec, TypeVar
 
 from qronos_export import llamacpp_log as log
 from qronos_export.cache import cache_folder
@@ -25,6 +28,21 @@ INSTALLED = "`qronos-export llamacpp install`"  # the origin of our own
 CONVERTER = "convert_hf_to_gguf.py"
 
 OnChunk = Callable[[int, int], None]  # (chunks done, chunks in all)
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def _until_told(measure: Callable[P, T]) -> Callable[P, T]:
+    """Measure again where llama.cpp lost the result on its way out; the third silence is an error."""
+
+    @functools.wraps(measure)
+    def measured(*args: P.args, **kwargs: P.kwargs) -> T:
+        for _ in range(2):
+            with contextlib.suppress(log.LostLines):
+                return measure(*args, **kwargs)
+        return measure(*args, **kwargs)
+
+    return measured
 
 
 @dataclass(frozen=True)
@@ -131,6 +149,7 @@ class LlamaCpp:
             )
         return destination
 
+    @_until_told
     def perplexity(
         self,
         model: Path,
@@ -172,6 +191,11 @@ class LlamaCpp:
         with _whole(logits) as partial:
             more: list[str | Path] = [*options, "--kl-divergence-base", partial]
             self._evaluate("llama-perplexity", model, text, context, chunks, more, progress)
+            if not size:
+                raise log.LostLines(
+                    f"llama-perplexity computed nothing of {text} and did not say why; two chunks need "
+                    f"{2 * context} tokens. Use a longer text or a smaller --context."
+                )
             if (written := partial.stat().st_size) != size:  # llama-perplexity does not notice a full disk
                 raise OutputError(
                     f"llama-perplexity wrote {written} bytes of log-probabilities to {logits.parent}, expected {size}: "
@@ -179,6 +203,7 @@ class LlamaCpp:
                 )
         return log.perplexity(progress.text, model)
 
+    @_until_told
     def kl_divergence(
         self, model: Path, logits: Path, *, options: Sequence[str] = (), on_chunk: OnChunk | None = None
     ) -> log.Divergence:

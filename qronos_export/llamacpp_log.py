@@ -53,6 +53,14 @@ class Divergence:
     context: int
 
 
+class LostLines(LlamaCppError):
+    """A run that ended well without printing its result.
+
+    llama.cpp logs from a thread that the program does not wait for when it ends (its issue 22142); on a busy machine
+    the last lines can be missing.
+    """
+
+
 class Progress:
     """Reads a measuring tool's `--log-jsonl` while it runs: collects its text and errors, counts chunks.
 
@@ -219,14 +227,14 @@ def _entry(line: str) -> dict[str, object] | None:
 
 def _start(text: str, model: Path) -> tuple[int, int]:
     if (started := _START.search(text)) is None:
-        raise LlamaCppError(f"llama.cpp did not say how many chunks of {model} it measured; {_OTHER}")
+        raise LostLines(f"llama.cpp did not say how many chunks of {model} it measured; {_OTHER}")
     return int(started[1]), int(started[2])
 
 
 def _values(text: str, pattern: str, model: Path) -> list[float]:
     found = re.search(pattern, text, re.M)
     if found is None:
-        raise LlamaCppError(f"llama.cpp printed no line like {pattern!r} for {model}; {_OTHER}")
+        raise LostLines(f"llama.cpp printed no line like {pattern!r} for {model}; {_OTHER}")
     values = [float(value) for value in found.groups()]
     if not all(map(math.isfinite, values)):
         raise LlamaCppError(f"{model} gives numbers that are not finite: {found[0].strip()!r}. Its weights are broken.")

@@ -91,6 +91,8 @@ def run(
     with workspace(output, [artifact, report_path], force) as folder:
         _check_space(checkpoint, folder)
         text = held_out_file(held, folder) if held else None
+        if held and text:
+            corpus.check_length(text, checkpoint, 2 * held.context)
         clock = Clock()
         source = gguf.GGUFFile(float_file(checkpoint, llamacpp, folder))
         types = llamacpp.planned_types(source.path, recipe.format)

@@ -69,6 +69,10 @@ def quantized_names(file: GGUFFile, types: Mapping[str, str], format: str) -> li
             )
         FORMATS[planned].check(tensor.columns)
         names.append(name)
-    if not names:
-        raise PlanError(f"{format} quantizes no tensor of {file.path}: no row length suits its blocks.")
+    if all(FORMATS[types[name]].is_float for name in names):
+        columns = sorted({tensor.columns for tensor in file.tensors.values() if len(tensor.shape) > 1})
+        raise PlanError(
+            f"{format} would quantize nothing of this model: its rows of {', '.join(map(str, columns))} weights do not "
+            f"divide into blocks of {FORMATS[format].block_size if format in FORMATS else 32}."
+        )
     return names

@@ -11,6 +11,9 @@ import subprocess
 import threading
 from collections.abc import Callable, Container, Mapping, Sequence
 from pathlib import Path
+from queue import SimpleQueue
+from threading import Thread
+from typing import IO
 
 from qronos_export.errors import LlamaCppError
 
@@ -27,8 +30,8 @@ def run(
     plain: Callable[[str], str] = str,
     hint: str = "",
 ) -> str:
-    """What `command` printed, both streams in the order written. `on_line` sees each line as it comes and may raise to
-    stop the program.
+    """What `command` printed, whole lines of both streams about in the order written. `on_line` sees each line as it
+    comes and may raise to stop the program.
 
     `time_limit` is in seconds; `environment` is added to ours; `exit_codes` mean
     success; a failure's message shows each line as `plain` puts it and ends in `hint`. The program leads
@@ -54,7 +57,7 @@ def run(
             arguments,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
+            stderr=subprocess.PIPE,
             encoding="utf-8",
             errors="replace",
             env={**os.environ, "LC_ALL": "C", **(environment or {})},
@@ -77,13 +80,20 @@ def run(
     timer = threading.Timer(time_limit, expire)
     timer.daemon = True
     timer.start()
-    assert process.stdout is not None
+    printed: SimpleQueue[str | None] = SimpleQueue()
+    # One pipe for both would let a line of one stream land inside a line of the other: programs flush by the block.
+    readers = [Thread(target=_read, args=(stream, printed), daemon=True) for stream in (process.stdout, process.stderr)]
+    for reader in readers:
+        reader.start()
     try:
-        with process.stdout:
-            for line in process.stdout:
-                lines.append(line.rstrip("\n"))
-                if on_line:
-                    on_line(lines[-1])
+        open_streams = len(readers)
+        while open_streams:
+            if (line := printed.get()) is None:
+                open_streams -= 1
+                continue
+            lines.append(line)
+            if on_line:
+                on_line(line)
         process.wait()
     except BaseException:
         kill()
@@ -101,3 +111,11 @@ def run(
     if process.returncode not in exit_codes:
         raise failure(f"failed with exit code {process.returncode}")
     return "\n".join(lines)
+
+
+def _read(stream: IO[str], printed: SimpleQueue[str | None]) -> None:
+    """Every line of `stream`, then None."""
+    with stream:
+        for line in stream:
+            printed.put(line.rstrip("\n"))
+    printed.put(None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from formats import BlockFormat, QuantizedWeight
@@ -14,7 +15,7 @@ def rtn(weight: Tensor, stats: LayerStats, fmt: BlockFormat, settings: Settings,
     fmt.check(weight.shape[1])
     hessian = stats.hessian if stats.tokens else None
     blocks = fmt.quantize(weight, None if hessian is None else hessian.diagonal())
-    error = fmt.dequantize(blocks) - weight
-    loss = error.square().sum(1) if hessian is None else ((error @ hessian) * error).sum(1)
+    error = fmt.dequantize(blocks).sub_(weight)
+    loss = torch.linalg.vecdot(error if hessian is None else error @ hessian, error)
     rows, columns = weight.shape
     return Rounded(QuantizedWeight(fmt, blocks, (rows, columns)), loss, None, 0.0, "rtn", note)

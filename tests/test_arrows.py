@@ -1,0 +1,99 @@
+"""Imports run one way: cli → pipeline → {checkpoint, calibration, artifact, validation, report} → rounding → formats → torch."""
+
+from __future__ import annotations
+
+import ast
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+OUTSIDE = {  # third-party packages, and the only places that may import them
+    "typer": ("qronos_export/cli.py",),
+    "rich": ("qronos_export/cli.py",),
+    "transformers": ("qronos_export/checkpoint/",),
+    "safetensors": ("qronos_export/checkpoint/",),
+    "tokenizers": ("qronos_export/checkpoint/",),
+    "huggingface_hub": ("qronos_export/checkpoint/",),
+    "gguf": ("qronos_export/artifact/gguf.py",),
+    "datasets": ("qronos_export/corpus.py",),
+    "greenlet": ("qronos_export/suspended.py",),
+    "yaml": ("qronos_export/recipe.py",),
+    "torch": ("formats/", "qronos_export/"),
+    "numpy": ("formats/", "qronos_export/artifact/"),
+}
+LEAVES = {"errors", "cache", "memory", "statistics", "process"}  # anyone may import these; they import one another only
+INSIDE = {  # a module of qronos_export, and what else of qronos_export it may import
+    "cli": {"pipeline", "recipe", "report", "llamacpp", "llamacpp_build", "validation", ""},
+    "__main__": {"cli"},
+    "pipeline": {
+        "artifact", "calibration", "checkpoint", "corpus", "layers", "llamacpp", "plan", "recipe", "report", "rounding",
+        "validation",
+    },
+    "layers": {"artifact", "calibration", "plan", "report", "rounding"},
+    "plan": {"artifact"},
+    "calibration": {"suspended"},
+    "corpus": {"checkpoint"},
+    "validation": {"llamacpp"},
+    "llamacpp": {"llamacpp_log", "llamacpp_build"},
+    "llamacpp_build": {"llamacpp"},
+    "llamacpp_log": set(), "suspended": set(), "recipe": set(), "report": set(),
+    "artifact": set(), "checkpoint": set(), "rounding": set(),
+}  # fmt: skip
+
+
+def imports(source: str) -> set[str]:
+    """Every module a source names, wherever in the file."""
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
+            whole = node.module == "qronos_export"  # `from qronos_export import report` names a module too
+            found |= {f"{node.module}.{alias.name}" for alias in node.names} if whole else {node.module}
+    return found
+
+
+def violations(path: str, source: str) -> list[str]:
+    wrong = []
+    own = path.removeprefix("qronos_export/").split("/")[0].removesuffix(".py")
+    for module in imports(source):
+        top, _, rest = module.partition(".")
+        inner = rest.split(".")[0] if not rest.startswith("__") else ""
+        if top == "formats":
+            allowed = path.startswith("formats/") or own in {"rounding", "layers", "plan", "artifact", "cli"}
+        elif top == "qronos_export":
+            reachable = LEAVES if own in LEAVES or own == "__init__" else LEAVES | INSIDE.get(own, set()) | {own}
+            allowed = path.startswith("qronos_export/") and inner in reachable
+        else:
+            allowed = top in sys.stdlib_module_names or path.startswith(OUTSIDE.get(top, ()))
+        if not allowed:
+            wrong.append(f"{path} imports {module}")
+    return wrong
+
+
+def sources() -> list[str]:
+    return sorted(
+        str(p.relative_to(ROOT)) for folder in ("formats", "qronos_export") for p in (ROOT / folder).rglob("*.py")
+    )
+
+
+@pytest.mark.parametrize("path", sources())
+def test_arrows_never_turn_back(path: str) -> None:
+    assert violations(path, (ROOT / path).read_text(encoding="utf-8")) == []
+
+
+@pytest.mark.parametrize(
+    ("path", "source"),
+    [
+        ("formats/block.py", "from qronos_export.errors import QronosError"),
+        ("formats/block.py", "import transformers"),
+        ("qronos_export/rounding/gptq.py", "from qronos_export.calibration import walk"),
+        ("qronos_export/calibration.py", "from qronos_export import pipeline"),
+        ("qronos_export/pipeline.py", "def f():\n    import rich"),
+        ("qronos_export/errors.py", "from qronos_export.report import sha256"),
+    ],
+)
+def test_this_test_can_fail(path: str, source: str) -> None:
+    assert violations(path, source)

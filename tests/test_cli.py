@@ -1,0 +1,82 @@
+"""The command line where it needs no llama.cpp: help, usage, recipes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from formats import FORMATS
+from qronos_export.cli import app
+from qronos_export.errors import UsageError
+from qronos_export.recipe import RECIPE_FIELDS, Recipe, load_recipe, recipe_from
+
+
+def test_help_imports_nothing_heavy() -> None:
+    """`--help` answers at once because nothing of this is imported for it."""
+    program = (
+        "import sys\n"
+        "sys.argv = ['qronos-export', '--help']\n"
+        "from qronos_export.cli import main\n"
+        "try:\n    main()\nexcept SystemExit as done:\n    assert done.code == 0\n"
+        "print([m for m in ('torch', 'transformers', 'gguf', 'numpy', 'yaml', 'formats') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.strip().endswith("[]"), done.stdout
+    for command in ("quantize", "validate", "formats", "llamacpp"):
+        assert command in done.stdout
+
+
+def test_formats_lists_every_format() -> None:
+    shown = CliRunner().invoke(app, ["formats"])
+    assert shown.exit_code == 0
+    for fmt in FORMATS.values():
+        assert any(line.split()[:2] == [fmt.name, f"{fmt.bits_per_weight:g}"] for line in shown.output.splitlines())
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["quantize", "demo"],  # no --output
+        ["quantize", "demo", "--output", "x", "--samples", "many"],
+        ["validate"],
+        ["frobnicate"],
+    ],
+)
+def test_wrong_usage_exits_with_2(arguments: list[str]) -> None:
+    done = subprocess.run([sys.executable, "-m", "qronos_export", *arguments], capture_output=True, text=True)
+    assert done.returncode == 2 and "Traceback" not in done.stderr and done.stderr.strip()
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"method": "magic"}, "method is 'magic'; expected one of qronos, gptq, gpfq, rtn"),
+        ({"samples": 0}, "samples is 0; expected at least 1"),
+        ({"damping": -1.0}, "damping is -1.0; expected a number ≥ 0"),
+        ({"shrinkage": 2.0}, "shrinkage is 2.0"),
+        ({"order": "random"}, "order is 'random'"),
+        ({"bogus": 1}, "unknown key 'bogus'"),
+        ({"samples": "8"}, "samples is '8'; expected int"),
+    ],
+)
+def test_bad_recipes_say_what_is_wrong(options: dict, says: str) -> None:
+    with pytest.raises(UsageError, match=says):
+        recipe_from({"model": "demo", **options}, "here")
+
+
+def test_recipes_round_trip_and_options_win(tmp_path: Path) -> None:
+    recipe = Recipe("demo", format="Q8_0", damping=0.5, samples=3)
+    assert recipe_from(json.loads(json.dumps(recipe.to_json())), "json") == recipe
+    file = tmp_path / "recipe.yaml"
+    file.write_text("model: demo\nformat: Q8_0\ndamping: 1\n")
+    loaded = load_recipe(file, samples=5)
+    assert (loaded.format, loaded.damping, loaded.samples) == ("Q8_0", 1.0, 5)
+    assert set(recipe.to_json()) == set(RECIPE_FIELDS)
+    file.write_text("- not a recipe\n")
+    with pytest.raises(UsageError, match="is not a recipe"):
+        load_recipe(file)
