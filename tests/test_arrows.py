@@ -1,4 +1,4 @@
-"""Imports run one way: cli → pipeline → {checkpoint, calibration, artifact, validation, report} → rounding → formats → torch."""
+"""Imports run one way: cli → pipeline → {checkpoint, calibration, artifact, …} → rounding → formats → torch."""
 
 from __future__ import annotations
 
