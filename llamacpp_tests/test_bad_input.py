@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
 import sys
 from collections import namedtuple
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file, save_file
 
 from qronos_export.cli import main
 from qronos_export.llamacpp import LlamaCpp
 from tests.families import make
+from tests.hub_server import hub
 
 
 class Done:
@@ -128,6 +132,18 @@ def test_no_such_model(command, tmp_path: Path, english: Path) -> None:
     refused(quantize(command, tmp_path / "nothing", tmp_path / "out", english), tmp_path / "out", "does not exist")
 
 
+def test_no_such_repository_on_the_hub(tmp_path: Path, english: Path) -> None:
+    """In a process of its own: huggingface_hub reads HF_ENDPOINT once."""
+    output = tmp_path / "out"
+    command = ["quantize", "someone/absent", "--output", output, "--calibration", english, "--no-validate"]
+    with hub({}) as endpoint:
+        environment = {**os.environ, "HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "0"}
+        done = subprocess.run(
+            [sys.executable, "-m", "qronos_export", *command], env=environment, capture_output=True, text=True, timeout=60
+        )
+    refused(Done(done.returncode, done.stdout, done.stderr), output, "neither a folder here nor a model on http")
+
+
 def test_no_disk_space(command, tiny: Path, tmp_path: Path, english: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10, 9, 1))
@@ -176,3 +192,15 @@ def test_summary_names_the_file_and_its_size(command, tiny: Path, tmp_path: Path
     assert f"{report['artifacts'][0]['bits_per_weight']:.3f} bits a weight" in done.out
     assert report["schema"] == 1 and set(report["seconds"]) >= {"load", "forward", "statistics", "rounding", "write"}
     assert all(torch.isfinite(torch.tensor(layer["error"])) for layer in report["layers"])
+
+
+def test_a_reports_recipe_given_to_the_command_makes_the_same_bytes(
+    command, tiny: Path, tmp_path: Path, english: Path
+) -> None:
+    assert quantize(command, tiny, tmp_path / "out", english).code == 0
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    file = tmp_path / "recipe.yaml"
+    file.write_text(yaml.safe_dump(report["recipe"]), encoding="utf-8")
+    again = command("quantize", "--recipe", file, "--output", tmp_path / "again", "--no-validate")
+    assert again.code == 0, again.err
+    assert json.loads((tmp_path / "again" / "report.json").read_text())["artifacts"] == report["artifacts"]

@@ -1,20 +1,18 @@
 """Tiny models of every family through the whole pipeline, and real llama.cpp's word on the files.
 
-Upstream is the oracle throughout: its converter for keys, names and shapes, its `llama-quantize` for types and size, its
-`llama-perplexity` for what a file computes. Against the last stands transformers, run on the values in the file.
+Upstream is the oracle throughout: its converter for keys, names and shapes, its `llama-quantize` for types and size,
+its `llama-perplexity` for what a file computes. Against the last stands transformers, run on the values in the file.
 """
 
 import functools
-import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-import yaml
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -256,8 +254,67 @@ def test_logits_are_those_of_the_dequantized_torch_model(
     targets = file_targets(export, model)
     assert {target.tensor for target in targets} == set(export.quantized)
     put_back(export, model, targets)
-    d = largest_difference(export, model, run.scores)
+    # The scores are kept in 16 bits over 16 nats: half a step is 1.2e-4. ggml reads GELU from a table of fp16 numbers.
+    tolerance = 6e-3 if export.case.family == "gemma3" else 3e-4
+    assert largest_difference(export, model, run.scores) < tolerance
     expected = log_probabilities(export, model, run.scores.tokens)
     scored = run.scores.tokens[:, CONTEXT // 2 + 1 :]
-    ppl = float((-expected.gather(-1, scored[..., None])).mean().exp())
-    print("MEASURED", name, d, ppl, run.exact.value / ppl - 1, run.file.value / ppl - 1)
+    perplexity = float((-expected.gather(-1, scored[..., None])).mean().exp())
+    assert run.exact.value == pytest.approx(perplexity, rel=5e-5)
+    # As it is, the file runs on activations of 8 bits: up to 1.1 % was seen on these random, very unsure models.
+    assert run.file.value == pytest.approx(perplexity, rel=0.03)
+
+
+def test_the_comparison_has_teeth(exports: Exports, measured: Callable[[str], Measured]) -> None:
+    """Two rows of one tensor in the wrong place, and the logits no longer agree."""
+    export, run = exports("llama"), measured("llama")
+    model = load_whole(open_checkpoint(str(export.checkpoint)))
+    targets = file_targets(export, model)
+    place = next(index for index, target in enumerate(targets) if target.tensor == "blk.0.attn_q.weight")
+    rows = targets[place].rows.clone()
+    rows[[0, 1]] = rows[[1, 0]]
+    targets[place] = replace(targets[place], rows=rows)
+    put_back(export, model, targets)
+    assert largest_difference(export, model, run.scores) > 0.01
+
+
+# ---- recipes, experts, float files
+
+
+def test_a_reports_recipe_gives_the_same_bytes(exports: Exports, llamacpp: LlamaCpp, tmp_path: Path) -> None:
+    export = exports("qwen3_moe")
+    again, _ = run(recipe_from(export.report.to_json()["recipe"], "report.json"), tmp_path / "again", llamacpp)
+    assert again.artifacts == export.report.artifacts
+
+
+def test_batching_hardly_matters(exports: Exports, llamacpp: LlamaCpp, tmp_path: Path) -> None:
+    """Sums of another order round a few weights the other way, and those after them in their row."""
+    export = exports("llama_tied")
+    _, other = run(replace(export.recipe, micro_batch=1), tmp_path / "one", llamacpp)
+    assert equal_bytes(export.ours, GGUFFile(other)) > 0.97
+
+
+def test_experts_that_saw_few_tokens_are_rounded_to_nearest_and_named(
+    exports: Exports, llamacpp: LlamaCpp, tmp_path: Path
+) -> None:
+    recipe = replace(exports("mixtral").recipe, samples=1, sequence_length=16)
+    report, _ = run(recipe, tmp_path / "few", llamacpp)
+    few = [layer for layer in report.layers if "rounded to nearest" in layer.note]
+    assert few and all(layer.method == "rtn" and "saw only" in layer.note for layer in few)
+    assert all("_exps" in layer.tensor and layer.tokens < 12 for layer in few)  # 192 inputs / 16
+    assert any(layer.method == "qronos" for layer in report.layers)
+
+
+def test_a_float_gguf_gives_the_same_file(exports: Exports, llamacpp: LlamaCpp, tmp_path: Path) -> None:
+    """Its hyperparameters passed through float32, so statistics differ in their last bits."""
+    export = exports("llama_tied")
+    _, other = run(replace(export.recipe, model=str(export.float.path)), tmp_path / "from-gguf", llamacpp)
+    assert metadata(GGUFFile(other)) == metadata(export.ours)
+    assert equal_bytes(export.ours, GGUFFile(other)) > 0.97
+
+
+def equal_bytes(one: GGUFFile, other: GGUFFile) -> float:
+    """The share of bytes of the tensors that agree."""
+    assert one.tensors.keys() == other.tensors.keys()
+    pairs = [(one.bytes(name).ravel(), other.bytes(name).ravel()) for name in one.tensors]
+    return sum(int((a == b).sum()) for a, b in pairs) / sum(len(a) for a, _ in pairs)
