@@ -139,7 +139,11 @@ def test_no_such_repository_on_the_hub(tmp_path: Path, english: Path) -> None:
     with hub({}) as endpoint:
         environment = {**os.environ, "HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "0"}
         done = subprocess.run(
-            [sys.executable, "-m", "qronos_export", *command], env=environment, capture_output=True, text=True, timeout=60
+            [sys.executable, "-m", "qronos_export", *command],
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=60,
         )
     refused(Done(done.returncode, done.stdout, done.stderr), output, "neither a folder here nor a model on http")
 

@@ -5,6 +5,7 @@ its `llama-perplexity` for what a file computes. Against the last stands transfo
 """
 
 import functools
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -41,18 +42,14 @@ class Case:
     dtype: torch.dtype = torch.float32
     config: dict[str, Any] = field(default_factory=dict)
 
-    @property
-    def outtype(self) -> str:
-        return {torch.float32: "f32", torch.bfloat16: "bf16"}[self.dtype]
-
 
 CASES = {family: Case(family) for family in FAMILIES} | {
     "q8_0": Case("llama", format="Q8_0"),
     # More rows in the embedding than the tokenizer has tokens, stored in bf16.
     "padded_bf16": Case("llama", dtype=torch.bfloat16, config={"vocab_size": 1056}),
-    # Rows of whole 256-blocks: llama.cpp makes the head, or what stands for it, Q6_K.
-    "q6_k_head": Case("llama", config={"hidden_size": 256, "num_hidden_layers": 1}),
-    "q6_k_tied": Case("llama_tied", config={"hidden_size": 256, "num_hidden_layers": 1}),
+    # Rows of whole 256-blocks: llama.cpp makes the head, or what stands for it, Q6_K. Its ε is a number of float32.
+    "q6_k_head": Case("llama", config={"hidden_size": 256, "num_hidden_layers": 1, "rms_norm_eps": 2.0**-17}),
+    "q6_k_tied": Case("llama", config={"hidden_size": 256, "num_hidden_layers": 1, "tie_word_embeddings": True}),
 }
 
 
@@ -71,6 +68,17 @@ class Export:
     @property
     def quantized(self) -> list[str]:
         return [name for name, tensor in self.ours.tensors.items() if tensor.type != self.float.tensors[name].type]
+
+
+@dataclass(frozen=True)
+class Keeping(LlamaCpp):
+    """Keeps a copy of what upstream's converter wrote: to compare with, it need not run again."""
+
+    kept: Path = Path()
+
+    def convert(self, checkpoint: Path, destination: Path, outtype: str) -> Path:
+        shutil.copy(super().convert(checkpoint, destination, outtype), self.kept)
+        return destination
 
 
 def run(recipe: Recipe, output: Path, llamacpp: LlamaCpp) -> tuple[RunReport, Path]:
@@ -95,8 +103,8 @@ def exports(llamacpp: LlamaCpp, english: Path, tmp_path_factory: pytest.TempPath
         recipe = Recipe(
             str(checkpoint), format=case.format, calibration=str(english), samples=8, sequence_length=64, device="cpu"
         )
-        report, ours = run(recipe, folder / "ours", llamacpp)
-        original = llamacpp.convert(checkpoint, folder / "float.gguf", case.outtype)
+        original = folder / "float.gguf"
+        report, ours = run(recipe, folder / "ours", Keeping(**vars(llamacpp), kept=original))
         theirs = llamacpp.quantize(original, folder / "theirs.gguf", case.format)
         return Export(case, checkpoint, recipe, report, GGUFFile(ours), GGUFFile(original), GGUFFile(theirs))
 
@@ -152,6 +160,11 @@ def test_the_padded_vocabulary_is_in_the_file(exports: Exports) -> None:
     assert len(tokenizer(open_checkpoint(str(padded.checkpoint)))) == 1024
     assert len(metadata(padded.ours)["tokenizer.ggml.tokens"]) == 1056
     assert padded.ours.tensors["token_embd.weight"].rows == 1056
+
+
+def test_the_float_file_has_the_checkpoints_own_type(export: Export) -> None:
+    wanted = {torch.float32: {"F32"}, torch.bfloat16: {"BF16"}}[export.case.dtype]
+    assert {export.float.tensors[name].type for name in export.quantized} == wanted
 
 
 def metadata(file: GGUFFile) -> dict[str, Any]:
@@ -288,10 +301,16 @@ def test_a_reports_recipe_gives_the_same_bytes(exports: Exports, llamacpp: Llama
 
 
 def test_batching_hardly_matters(exports: Exports, llamacpp: LlamaCpp, tmp_path: Path) -> None:
-    """Sums of another order round a few weights the other way, and those after them in their row."""
-    export = exports("llama_tied")
-    _, other = run(replace(export.recipe, micro_batch=1), tmp_path / "one", llamacpp)
-    assert equal_bytes(export.ours, GGUFFile(other)) > 0.97
+    """Sums of another order round a weight here and there the other way; then the rest of its row differs, and all that
+    reads its output. So equal bytes are asked of the first group only, and of the others equally small errors."""
+    export = exports("llama")
+    report, file = run(replace(export.recipe, micro_batch=1), tmp_path / "one", llamacpp)
+    other = GGUFFile(file)
+    assert np.array_equal(export.ours.bytes("token_embd.weight"), other.bytes("token_embd.weight"))
+    for name in ("blk.0.attn_q.weight", "blk.0.attn_k.weight", "blk.0.attn_v.weight"):
+        assert (export.ours.bytes(name) == other.bytes(name)).mean() > 0.98, name  # 0.998 was seen
+    errors, others = ([layer.error for layer in each.layers] for each in (export.report, report))
+    assert others == pytest.approx(errors, rel=0.1)  # 4 % was seen
 
 
 def test_experts_that_saw_few_tokens_are_rounded_to_nearest_and_named(
@@ -305,16 +324,11 @@ def test_experts_that_saw_few_tokens_are_rounded_to_nearest_and_named(
     assert any(layer.method == "qronos" for layer in report.layers)
 
 
-def test_a_float_gguf_gives_the_same_file(exports: Exports, llamacpp: LlamaCpp, tmp_path: Path) -> None:
-    """Its hyperparameters passed through float32, so statistics differ in their last bits."""
-    export = exports("llama_tied")
-    _, other = run(replace(export.recipe, model=str(export.float.path)), tmp_path / "from-gguf", llamacpp)
-    assert metadata(GGUFFile(other)) == metadata(export.ours)
-    assert equal_bytes(export.ours, GGUFFile(other)) > 0.97
-
-
-def equal_bytes(one: GGUFFile, other: GGUFFile) -> float:
-    """The share of bytes of the tensors that agree."""
-    assert one.tensors.keys() == other.tensors.keys()
-    pairs = [(one.bytes(name).ravel(), other.bytes(name).ravel()) for name in one.tensors]
-    return sum(int((a == b).sum()) for a, b in pairs) / sum(len(a) for a, _ in pairs)
+def test_a_float_gguf_gives_the_same_file(
+    exports: Exports, llamacpp: LlamaCpp, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To the byte, where GGUF's float32 holds every hyperparameter as config.json does."""
+    export = exports("q6_k_head")
+    monkeypatch.setenv("QRONOS_EXPORT_CACHE", str(tmp_path / "cache"))
+    report, _ = run(replace(export.recipe, model=str(export.float.path)), tmp_path / "from-gguf", llamacpp)
+    assert report.artifacts[0].sha256 == export.report.artifacts[0].sha256
