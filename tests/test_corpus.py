@@ -106,7 +106,8 @@ def test_without_a_bos_windows_open_with_various_ordinary_tokens(plain: Checkpoi
 
 @pytest.fixture
 def offline_datasets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    datasets = pytest.importorskip("datasets")
+    import datasets  # an extra that tools/test installs: missing, it fails
+
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     datasets.disable_progress_bars()
     yield
