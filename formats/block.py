@@ -9,7 +9,8 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Protocol, final
+from functools import cache
+from typing import Protocol, final
 
 import torch
 from torch import Tensor
@@ -32,19 +33,68 @@ class Levels(Protocol):
         """The levels themselves, float32."""
         ...
 
+    def snap(self, values: Tensor) -> Tensor:
+        """The levels nearest to `values`: `value(nearest(values))`, in place where that is faster. Float32."""
+        ...
+
 
 @dataclass(frozen=True)
 class Integers:
-    """Levels low, low + 1, … high; a code is the integer itself, in int8."""
+    """Levels low, low + 1, … high; a code is the integer itself, in int8, or in uint8 where none is negative."""
 
     low: int
     high: int
 
     def nearest(self, values: Tensor) -> Tensor:
-        return values.round().clamp_(self.low, self.high).to(torch.int8)
+        return values.round().clamp_(self.low, self.high).to(torch.int8 if self.low < 0 else torch.uint8)
 
     def value(self, codes: Tensor) -> Tensor:
         return codes.to(torch.float32)
+
+    def snap(self, values: Tensor) -> Tensor:
+        return values.round_().clamp_(self.low, self.high)
+
+
+@dataclass(frozen=True)
+class Codebook:
+    """Levels listed one by one, in any order; a code is a place in the list, in uint8."""
+
+    levels: tuple[float, ...]
+
+    def nearest(self, values: Tensor) -> Tensor:
+        return self._look_up(values, 1)
+
+    def value(self, codes: Tensor) -> Tensor:
+        table = _cells(self.levels, codes.device)[0]
+        return table.index_select(0, codes.reshape(-1).to(torch.int32)).view(codes.shape)
+
+    def snap(self, values: Tensor) -> Tensor:
+        return self._look_up(values, 2)
+
+    def _look_up(self, values: Tensor, table: int) -> Tensor:
+        *tables, low, per_unit = _cells(self.levels, values.device)
+        cell = (values * per_unit).ceil_().sub_(low).clamp_(0, len(tables[1]) - 1).to(torch.int32)
+        return tables[table].index_select(0, cell.view(-1)).view(values.shape)
+
+
+@cache
+def _cells(levels: tuple[float, ...], device: torch.device) -> tuple[Tensor, Tensor, Tensor, int, int]:
+    """A codebook as tables: levels by code; code and level by cell. Then the first cell, and the cells per unit.
+
+    Borders between neighbouring levels are dyadic, so the line is cut into even cells none of which holds a border
+    inside: one look-up finds the nearest level, where a search would take log2 n steps.
+    """
+    table = torch.tensor(levels, dtype=torch.float64)
+    ascending, order = table.sort(stable=True)
+    first = torch.ones_like(order, dtype=torch.bool)  # of equal levels: the code that is written
+    first[1:] = ascending[1:] != ascending[:-1]
+    ascending, order = ascending[first], order[first]
+    borders = (ascending[1:] + ascending[:-1]) / 2
+    per_unit = next(2**k for k in range(12) if torch.equal((borders * 2**k).round(), borders * 2**k))
+    low, high = int(borders[0] * per_unit), int(borders[-1] * per_unit) + 1
+    codes = order[torch.bucketize(torch.arange(low, high + 1) / per_unit, borders)]
+    by_code = table.to(torch.float32)
+    return by_code.to(device), codes.to(torch.uint8).to(device), by_code[codes].to(device), low, per_unit
 
 
 @dataclass(frozen=True)
@@ -59,6 +109,9 @@ class Floats:
 
     def value(self, codes: Tensor) -> Tensor:
         return codes.to(torch.float32)
+
+    def snap(self, values: Tensor) -> Tensor:
+        return self.value(self.nearest(values))
 
 
 @dataclass(frozen=True)
@@ -120,11 +173,11 @@ class BlockFormat(ABC):
     `fit` is never above that of ggml's own quantizer.
     """
 
-    name: ClassVar[str]
-    ggml_type: ClassVar[int]
-    block_size: ClassVar[int]
-    block_bytes: ClassVar[int]
-    is_float: ClassVar[bool] = False
+    name: str
+    ggml_type: int | None  # None: no GGUF file can hold it
+    block_size: int
+    block_bytes: int
+    is_float: bool = False
 
     @abstractmethod
     def fit(self, weights: Tensor, importance: Tensor | None = None) -> Grid:
@@ -209,4 +262,5 @@ def half_bytes(values: Tensor) -> Tensor:
 
 def half_from_bytes(data: Tensor) -> Tensor:
     """The inverse of `half_bytes`: uint8 [rows, blocks, 2] → float32 [rows, blocks]."""
-    return data.contiguous().view(torch.float16).squeeze(-1).to(torch.float32)
+    aligned = data.clone(memory_format=torch.contiguous_format)  # a slice may begin at an odd byte
+    return aligned.view(-1).view(torch.float16).view(data.shape[:-1]).to(torch.float32)

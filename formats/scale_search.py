@@ -1,4 +1,8 @@
-"""Scales for integer levels: search, then least squares, always ending on a number the file can hold."""
+"""One scale for each group of weights: search, then least squares, always ending on a number the file can hold.
+
+Groups that share a scale are the columns of [size, groups] arrays, so that reductions stream through memory and all
+groups go at once.
+"""
 
 from __future__ import annotations
 
@@ -7,10 +11,12 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from formats.block import Integers, reciprocal
+from formats.block import Levels, reciprocal
 
 _HALF_MAX = 65504.0
 _CHUNK = 1 << 17  # weights at a time on a CPU: temporaries stay in the cache
+
+Store = Callable[[Tensor], Tensor]
 
 
 def to_half(scale: Tensor) -> Tensor:
@@ -18,37 +24,56 @@ def to_half(scale: Tensor) -> Tensor:
     return scale.clamp(-_HALF_MAX, _HALF_MAX).to(torch.float16).to(torch.float32)
 
 
-def weighted_error(weights: Tensor, importance: Tensor, scale: Tensor, levels: Integers) -> Tensor:
-    """Σ importance · (w − nearest(w))² of each group: [groups] for `weights` [size, groups], `scale` [groups]."""
-    codes = _codes(weights, reciprocal(scale), levels)
-    return codes.mul_(scale).sub_(weights).square_().mul_(importance).sum(0)
+def grouped(weights: Tensor, importance: Tensor | None, size: int) -> tuple[Tensor, Tensor]:
+    """Weights and importance [rows, columns] as [size, groups]: a group is a column."""
+    flat = weights.reshape(-1, size).T
+    if importance is None:
+        return flat, torch.ones_like(flat)
+    return flat, importance.to(torch.float32).expand_as(weights).reshape(-1, size).T
 
 
-def _codes(weights: Tensor, inverse: Tensor, levels: Integers) -> Tensor:
-    return (weights * inverse).round_().clamp_(levels.low, levels.high)
+def in_chunks(
+    function: Callable[[Tensor, Tensor], tuple[Tensor, ...]], weights: Tensor, importance: Tensor, multiple: int = 1
+) -> tuple[Tensor, ...]:
+    """`function` of some groups at a time, a multiple of `multiple`; its results joined along their first dimension."""
+    if weights.device.type != "cpu":
+        return function(weights, importance)
+    step = max(1, _CHUNK // (weights.shape[0] * multiple)) * multiple
+    parts = zip(weights.split(step, dim=1), importance.split(step, dim=1), strict=True)
+    found = [function(x.contiguous(), imp.contiguous()) for x, imp in parts]
+    return found[0] if len(found) == 1 else tuple(torch.cat(part) for part in zip(*found, strict=True))
 
 
-def search_scale(weights: Tensor, importance: Tensor, levels: Integers, reach: Sequence[float]) -> Tensor:
-    """Best real, signed scale of each group: float32 [groups] for `weights` and `importance` [size, groups].
+def peak(weights: Tensor) -> Tensor:
+    """The signed weight of largest magnitude of each group; [size, groups] → [groups]."""
+    low, high = weights.aminmax(dim=0)
+    return torch.where(-low > high, low, high)
 
-    The weight of largest magnitude m is put on each number of `reach` in turn (its sign decides the sign of the
-    scale), then half and a quarter beside the best of them. Given the codes that follow, the best scale is
+
+def weighted_error(x: Tensor, importance: Tensor, scale: Tensor, levels: Levels) -> Tensor:
+    """Σ importance · (x − nearest(x))² of each group: [groups] for `x` [size, groups], `scale` [groups]."""
+    return levels.snap(x * reciprocal(scale)).mul_(scale).sub_(x).square_().mul_(importance).sum(0)
+
+
+def search_scale(
+    x: Tensor, importance: Tensor, levels: Levels, reach: Sequence[float], beside: Sequence[float]
+) -> Tensor:
+    """Best real, signed scale of each group: float32 [groups] for `x` and `importance` [size, groups].
+
+    The weight of largest magnitude is put on each number of `reach` in turn (its sign decides the sign of the scale),
+    then on what lies `beside` the best of them on either hand. Given the codes q that follow, the best scale is
     Σ w·x·q / Σ w·q² and lowers the error by (Σ w·x·q)² / Σ w·q². The candidate that lowers it most wins. Groups of
     zeros get scale 0.
     """
-    return _in_chunks(lambda x, imp: _search(x, imp, levels, reach), weights, importance)
-
-
-def _search(x: Tensor, importance: Tensor, levels: Integers, reach: Sequence[float]) -> Tensor:
     weighted = x * importance
-    peak = _peak(x)
-    per_peak = reciprocal(peak)
-    chosen, gain = peak / reach[0], torch.zeros_like(peak)
-    anchors = torch.full_like(peak, reach[0])
+    top = peak(x)
+    per_peak = reciprocal(top)
+    chosen, gain = top / reach[0], torch.zeros_like(top)
+    anchors = torch.full_like(top, reach[0])
 
     def try_on(anchor: Tensor) -> None:
         nonlocal chosen, gain, anchors
-        codes = _codes(x, per_peak * anchor, levels)
+        codes = levels.snap(x * (per_peak * anchor))
         along = (codes * weighted).sum(0)
         scale = along / codes.square_().mul_(importance).sum(0)
         better = along * scale > gain  # false where all codes are 0: 0/0 compares as false
@@ -57,58 +82,67 @@ def _search(x: Tensor, importance: Tensor, levels: Integers, reach: Sequence[flo
         anchors = torch.where(better, anchor, anchors)
 
     for start in reach:
-        try_on(torch.full_like(peak, start))
-    for beside in (0.5, 0.25):
+        try_on(torch.full_like(top, start))
+    for step in beside:
         best = anchors
-        try_on(best - beside)
-        try_on(best + beside)
+        try_on(best - step)
+        try_on(best + step)
     return chosen
 
 
-def _in_chunks(function: Callable[[Tensor, Tensor], Tensor], weights: Tensor, importance: Tensor) -> Tensor:
-    """`function` of some groups at a time, its results [groups] joined."""
-    if weights.device.type != "cpu":
-        return function(weights, importance)
-    step = max(1, _CHUNK // weights.shape[0])
-    parts = zip(weights.split(step, dim=1), importance.split(step, dim=1), strict=True)
-    return torch.cat([function(x.contiguous(), imp.contiguous()) for x, imp in parts])
-
-
-def _peak(weights: Tensor) -> Tensor:
-    """The signed weight of largest magnitude of each group; [size, groups] → [groups]."""
-    low, high = weights.aminmax(dim=0)
-    return torch.where(-low > high, low, high)
-
-
-def refine(weights: Tensor, importance: Tensor, scale: Tensor, levels: Integers) -> Tensor:
+def refine(x: Tensor, importance: Tensor, scale: Tensor, levels: Levels) -> Tensor:
     """Least-squares scale for the codes that `scale` [groups] gives; unchanged where all codes are 0."""
-    codes = _codes(weights, reciprocal(scale), levels)
+    codes = levels.snap(x * reciprocal(scale))
     power = (codes.square() * importance).sum(0)
-    return torch.where(power > 0, (codes * weights * importance).sum(0) / power, scale)
+    return torch.where(power > 0, (codes * x * importance).sum(0) / power, scale)
 
 
-def best_half_scale(weights: Tensor, importance: Tensor, levels: Integers, reach: Sequence[float]) -> Tensor:
-    """Best fp16 scale found for each group: float32 [groups] for `weights` and `importance` [size, groups].
+def best_scale(
+    weights: Tensor,
+    importance: Tensor,
+    levels: Levels,
+    reach: Sequence[float],
+    beside: Sequence[float] = (0.5, 0.25),
+    store: Store = to_half,
+) -> Tensor:
+    """Best storable scale found for each group: float32 [groups] for `weights` and `importance` [size, groups].
 
-    Never worse than the plain rule that puts the largest weight on reach[0].
+    store: maps a real scale to the nearest one the file can hold. Never worse than the plain rule that puts the
+    largest weight on reach[0].
     """
-    return _in_chunks(lambda x, imp: _best_half(x, imp, levels, reach), weights, importance)
+
+    def search(x: Tensor, imp: Tensor) -> tuple[Tensor]:
+        found = search_scale(x, imp, levels, reach, beside)
+        plain = peak(x) / reach[0]
+        return (best_of([plain, found, refine(x, imp, found, levels)], x, imp, levels, store),)
+
+    return in_chunks(search, weights, importance)[0]
 
 
-def _best_half(x: Tensor, importance: Tensor, levels: Integers, reach: Sequence[float]) -> Tensor:
-    best = to_half(_peak(x) / reach[0])
+def best_of(candidates: Sequence[Tensor], x: Tensor, importance: Tensor, levels: Levels, store: Store) -> Tensor:
+    """Of some scales [groups], as stored, the one of least error for each group; the first of equals."""
+    best = store(candidates[0])
     error = weighted_error(x, importance, best, levels)
-    found = _search(x, importance, levels, reach)
-    for candidate in (to_half(found), to_half(refine(x, importance, found, levels))):
-        challenger = weighted_error(x, importance, candidate, levels)
-        better = challenger < error
-        best, error = torch.where(better, candidate, best), torch.where(better, challenger, error)
+    for candidate in candidates[1:]:
+        challenger = store(candidate)
+        errors = weighted_error(x, importance, challenger, levels)
+        better = errors < error
+        best, error = torch.where(better, challenger, best), torch.where(better, errors, error)
     return best
 
 
-def grouped(weights: Tensor, importance: Tensor | None, size: int) -> tuple[Tensor, Tensor]:
-    """Weights and importance [rows, columns] as [size, groups]: a group is a column, so that reductions stream."""
-    flat = weights.reshape(-1, size).T
-    if importance is None:
-        return flat, torch.ones_like(flat)
-    return flat, importance.to(torch.float32).expand_as(weights).reshape(-1, size).T
+def best_ternary_scale(weights: Tensor, importance: Tensor) -> Tensor:
+    """The best real scale s for levels −s, 0, s, exactly: float32 [groups] for [size, groups].
+
+    The k weights of largest magnitude get ±s for some k; given k, s = Σ w|x| / Σ w over them lowers the error by
+    (Σ w|x|)² / Σ w. Sorting once tries every k.
+    """
+
+    def search(x: Tensor, imp: Tensor) -> tuple[Tensor]:
+        magnitude, order = x.abs().sort(dim=0, descending=True)
+        ordered = imp.gather(0, order)
+        along, power = (magnitude * ordered).cumsum(0), ordered.cumsum(0)
+        best = (along.square() / power).nan_to_num_(0.0).argmax(0, keepdim=True)
+        return ((along.gather(0, best) / power.gather(0, best)).nan_to_num_(0.0)[0],)
+
+    return in_chunks(search, weights, importance)[0]

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from formats import FORMATS, BlockFormat
 
-ALL = list(FORMATS.values())
+ALL = [fmt for fmt in FORMATS.values() if fmt.ggml_type is not None]
 BLOCKS = [fmt for fmt in ALL if not fmt.is_float]
 COLUMNS = 1024
 
@@ -106,7 +106,10 @@ def test_unpacked_bytes_pack_to_themselves(fmt: BlockFormat) -> None:
     blocks = torch.randint(0, 256, (64, fmt.row_bytes(COLUMNS)), dtype=torch.uint8, generator=generator)
     finite = torch.isfinite(fmt.dequantize(blocks)).all(1)
     assert finite.any()
-    assert torch.equal(fmt.pack(*fmt.unpack(blocks))[finite], blocks[finite])
+    packed = fmt.pack(*fmt.unpack(blocks))
+    if fmt.name == "TQ1_0":  # 243 of 256 bytes are ever written; the others read like one of these
+        blocks, packed = packed, fmt.pack(*fmt.unpack(packed))
+    assert torch.equal(packed[finite], blocks[finite])
 
 
 @pytest.mark.parametrize("fmt", ALL, ids=repr)

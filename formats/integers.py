@@ -1,0 +1,99 @@
+"""Plain integers of 2, 3, 4 or 8 bits under an fp16 scale, in groups or whole rows, symmetric or with a zero point.
+
+    fp16 s | codes as a little-endian stream                  w = s·q,        −2^(bits−1) ≤ q < 2^(bits−1)
+    fp16 s | u8 z | codes as a little-endian stream           w = s·(q − z),  0 ≤ q, z < 2^bits
+
+What ONNX calls blocked DequantizeLinear and MatMulNBits. GGUF has no such types.
+"""
+
+from __future__ import annotations
+
+from typing import final
+
+import torch
+from torch import Tensor
+
+from formats.affine_search import affine_codes, affine_error, search_affine
+from formats.bits import pack_stream, unpack_stream
+from formats.block import BlockFormat, FormatError, Grid, Integers, blocked, half_bytes, half_from_bytes, reciprocal
+from formats.scale_search import best_scale, grouped, in_chunks, search_scale, to_half
+
+
+@final
+class IntegerGrid(BlockFormat):
+    """fp16 s | u8 z unless symmetric | codes;  w = s·q or s·(q − z).
+
+    group: weights under one scale; the length of a row for one scale per output channel.
+    """
+
+    ggml_type = None
+
+    def __init__(self, bits: int, group: int, *, symmetric: bool = True) -> None:
+        """Raises FormatError for bits other than 2, 3, 4, 8 and for groups that do not fill whole bytes."""
+        if bits not in (2, 3, 4, 8) or group < 1 or group * bits % 8:
+            raise FormatError(f"no integer grid of {bits} bits in groups of {group}; 2, 3, 4 or 8 bits in whole bytes")
+        self.bits, self.symmetric = bits, symmetric
+        self.name = f"{'INT' if symmetric else 'UINT'}{bits}_G{group}"
+        self.block_size = group
+        self.block_bytes = 2 + (not symmetric) + group * bits // 8
+        half = 2 ** (bits - 1)
+        self.levels = Integers(-half, half - 1) if symmetric else Integers(0, 2 * half - 1)
+
+    def fit(self, weights: Tensor, importance: Tensor | None = None) -> Grid:
+        rows = weights.shape[0]
+        groups = grouped(weights, importance, self.block_size)
+        if self.symmetric:
+            return self._grid(best_scale(*groups, self.levels, _reach(self.bits)).view(rows, -1))
+        s, z = in_chunks(self._search, *groups)
+        return self._grid(s.view(rows, -1), z.view(rows, -1))
+
+    def _search(self, x: Tensor, imp: Tensor) -> tuple[Tensor, Tensor]:
+        """Scale and zero point of each group; never worse than the range of the weights laid on the codes, nor than a
+        symmetric grid of either sign."""
+        high = self.levels.high
+        low, top = x.aminmax(dim=0)
+        low, top = low.clamp(max=0.0), top.clamp(min=0.0)
+        found, offset = search_affine(x, imp, high, below_zero=True)
+        middle = 2 ** (self.bits - 1)
+        even = search_scale(x, imp, Integers(-middle, middle - 1), _reach(self.bits), (0.5, 0.25))
+        best_s = best_z = error = torch.full_like(low, torch.inf)
+        for s, lowest in (((top - low) / high, low), (found, offset), (even, -middle * even)):
+            s = to_half(s)
+            for _ in range(2):
+                z = (-lowest * reciprocal(s)).round_().clamp_(0, high)
+                errors = affine_error(x, imp, s, -z * s, high)
+                better = errors < error
+                best_s, best_z = torch.where(better, s, best_s), torch.where(better, z, best_z)
+                error = torch.where(better, errors, error)
+                codes = affine_codes(x, s, -z * s, high).sub_(z)
+                fresh = (codes * x).mul_(imp).sum(0) / codes.square_().mul_(imp).sum(0)
+                s = to_half(torch.where(torch.isfinite(fresh), fresh, s))
+                lowest = -z * s
+        found = torch.isfinite(best_s)
+        return torch.where(found, best_s, 0.0), torch.where(found, best_z, 0.0)
+
+    def _grid(self, s: Tensor, z: Tensor | None = None) -> Grid:
+        # s·q and s·z are exact in float32, so their difference is s·(q − z).
+        if z is None:
+            return Grid(s, self.levels, group=self.block_size, fields=(s,))
+        return Grid(s, self.levels, group=self.block_size, offset=-(s * z), fields=(s, z))
+
+    def pack(self, codes: Tensor, grid: Grid) -> Tensor:
+        rows = codes.shape[0]
+        unsigned = (codes - self.levels.low).contiguous().view(torch.uint8).view(rows, -1, self.block_size)
+        parts = [half_bytes(grid.fields[0]), *(z.to(torch.uint8)[:, :, None] for z in grid.fields[1:])]
+        return torch.cat([*parts, pack_stream(unsigned, self.bits)], dim=2).view(rows, -1)
+
+    def unpack(self, blocks: Tensor) -> tuple[Tensor, Grid]:
+        rows, parts = blocks.shape[0], blocked(blocks, self.block_bytes)
+        begin = 2 + (not self.symmetric)
+        unsigned = unpack_stream(parts[:, :, begin:].contiguous(), self.bits)
+        z = None if self.symmetric else parts[:, :, 2].to(torch.float32)
+        codes = unsigned.view(torch.int8) + self.levels.low if self.symmetric else unsigned
+        return codes.view(rows, -1), self._grid(half_from_bytes(parts[:, :, :2]), z)
+
+
+def _reach(bits: int) -> tuple[float, ...]:
+    """Where a symmetric search puts the largest weight: at the ends of the codes, a quarter short of them, beyond."""
+    end = 2.0 ** (bits - 1)
+    return (-end, end, 1 - end, end - 1, -0.75 * end, 0.75 * end, -1.25 * end, 1.25 * end)
