@@ -184,7 +184,7 @@ def test_planned_types_are_what_quantize_writes(
 
     file = tmp_path / "quantized.gguf"
     options = [] if ftype == "COPY" else ["--allow-requantize"]
-    planned = llamacpp.planned_types(demo_gguf, ftype, tensor_types=tensor_types, pure=pure, options=options)
+    planned = llamacpp.plan(demo_gguf, ftype, tensor_types=tensor_types, pure=pure, options=options).types
     llamacpp.quantize(demo_gguf, file, ftype, tensor_types=tensor_types, pure=pure, options=options)
     written = {tensor.name: tensor.tensor_type.name for tensor in GGUFReader(file).tensors}
     assert planned == written
@@ -197,13 +197,13 @@ def test_a_tensor_name_longer_than_its_column_is_read_whole() -> None:
     # The tool's format, "%-36s - [%s], type = %6s, ", with a name of 56 characters, the longest known one of llama.cpp.
     name = "a.blk.0.conformer_convolution_depthwise_normalized.weight"
     line = f"[   1/   2] {name:<36s} - [    64,     64,      1,      1], type =    f32, size = "
-    assert planned_types(line + "    0.02 MiB ->     0.00 MiB (q4_K)\n") == {name: "Q4_K"}
-    assert planned_types(line + "    0.016 MiB\n") == {name: "F32"}
+    assert planned_types(line + "    0.02 MiB ->     0.00 MiB (q4_K)\n").types == {name: "Q4_K"}
+    assert planned_types(line + "    0.016 MiB\n").types == {name: "F32"}
 
 
 def test_an_unknown_type_lists_the_known_ones(llamacpp: LlamaCpp, demo_gguf: Path) -> None:
     with pytest.raises(UsageError, match=r"no type 'Q4_9'; it accepts .*Q4_0, .*IQ4_XS.*F16"):
-        llamacpp.planned_types(demo_gguf, "Q4_9")
+        llamacpp.plan(demo_gguf, "Q4_9")
 
 
 def test_a_failed_quantization_leaves_no_file(llamacpp: LlamaCpp, demo_gguf: Path, tmp_path: Path) -> None:
@@ -225,7 +225,7 @@ def test_an_importance_matrix_helps_the_type_that_requires_one(
     with_it: dict[str, Any] = {"tensor_types": {"blk.0.ffn_down": "iq2_xs"}, "options": ["--allow-requantize"]}
     with pytest.raises(LlamaCppError, match="requires an importance matrix"):
         llamacpp.quantize(demo_gguf, tmp_path / "without.gguf", "Q8_0", **with_it)
-    assert llamacpp.planned_types(demo_gguf, "Q8_0", imatrix=matrix, **with_it)["blk.0.ffn_down.weight"] == "IQ2_XS"
+    assert llamacpp.plan(demo_gguf, "Q8_0", imatrix=matrix, **with_it).types["blk.0.ffn_down.weight"] == "IQ2_XS"
     llamacpp.quantize(demo_gguf, tmp_path / "with.gguf", "Q8_0", imatrix=matrix, **with_it)
 
 
@@ -237,7 +237,7 @@ def test_a_converted_checkpoint_is_a_model_llamacpp_measures(
 ) -> None:
     file = llamacpp.convert(tiny_checkpoint, tmp_path / "tiny.gguf", "f32")
     assert [entry.name for entry in tmp_path.iterdir()] == ["tiny.gguf"]
-    assert set(llamacpp.planned_types(file, "F32").values()) == {"F32"}
+    assert set(llamacpp.plan(file, "F32").types.values()) == {"F32"}
     measured = llamacpp.perplexity(file, english, context=64, chunks=4)
     # Random weights know nothing: about as many choices as there are tokens.
     assert 30_000 < measured.value < 70_000
@@ -373,7 +373,7 @@ def test_a_broken_file_shows_what_llamacpp_said(
     said = {"noise": "invalid magic", "truncated": "not within the file bounds"}[damage]
     broken: list[Callable[[], object]] = [
         lambda: llamacpp.perplexity(file, english, context=64, chunks=4),
-        lambda: llamacpp.planned_types(file, "Q8_0"),
+        lambda: llamacpp.plan(file, "Q8_0"),
     ]
     for use in broken:
         with pytest.raises(LlamaCppError, match=said) as caught:
@@ -396,7 +396,7 @@ def test_missing_files_are_named_before_anything_runs(llamacpp: LlamaCpp, demo_g
         (CheckpointError, lambda: llamacpp.perplexity(gone, english)),
         (CalibrationError, lambda: llamacpp.perplexity(demo_gguf, gone)),
         (OutputError, lambda: llamacpp.kl_divergence(demo_gguf, gone)),
-        (CheckpointError, lambda: llamacpp.planned_types(gone, "Q4_0")),
+        (CheckpointError, lambda: llamacpp.plan(gone, "Q4_0")),
         (OutputError, lambda: llamacpp.quantize(demo_gguf, gone / "out.gguf", "Q4_0")),
     ]
     for error, use in missing:

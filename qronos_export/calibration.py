@@ -4,6 +4,9 @@ The float stream carries the hidden states of the float model all the way from i
 those of the model rounded so far, from its *quantized* embedding. At each group of layers that share an input both
 streams wait, H and G are accumulated over all micro-batches, the caller rounds, and the quantized stream goes on with
 the rounded weights (arXiv 2505.11695). Memory holds one block and the hidden states of the tokens, each twice.
+
+Several formats share the float stream; each has a quantized stream of its own, so one more block and one more set of
+hidden states. Their statistics exist one after another.
 """
 
 from __future__ import annotations
@@ -41,12 +44,12 @@ class Group:
 
 @dataclass
 class MicroBatch:
-    """Some calibration sequences on their way: token ids, hidden states of both streams, arguments of every block."""
+    """Some calibration sequences on their way: token ids, hidden states of all streams, arguments of every block."""
 
     tokens: Tensor  # int64 [sequences, length]
     x: Tensor  # float [sequences, length, hidden], float stream
-    x_hat: Tensor  # the same, quantized stream
     arguments: list[dict[str, Any]]
+    x_hat: list[Tensor] = field(default_factory=list)  # the same as x for each quantized stream
 
 
 @dataclass
@@ -108,28 +111,24 @@ class Decoder:
         return output
 
 
-def enter(
-    decoder: Decoder, embedding: nn.Embedding, quantized: Tensor | None, tokens: Tensor, batch: int
-) -> list[MicroBatch]:
-    """Both streams in front of the first block.
+def enter(decoder: Decoder, tokens: Tensor, batch: int) -> list[MicroBatch]:
+    """The float stream in front of the first block: int64 `tokens` [samples, length], `batch` sequences at a time."""
+    batches: list[MicroBatch] = []
+    for ids in tokens.split(batch):
+        x, arguments = decoder.enter(ids)
+        batches.append(MicroBatch(ids, x, _shared(arguments, batches[0].arguments) if batches else arguments))
+    return batches
 
-    quantized: the embedding's stored values [vocabulary, hidden], or None where it stays float.
-    tokens:    int64 [samples, length]; batch: sequences per micro-batch.
-    """
-    entered = [(ids, *decoder.enter(ids)) for ids in tokens.split(batch)]
-    starts = [x for _, x, _ in entered]
-    if quantized is not None:
-        weight = embedding.weight.data
-        embedding.weight.data = quantized
-        try:
-            starts = [decoder.enter(ids)[0] for ids in tokens.split(batch)]
-        finally:
-            embedding.weight.data = weight
-    first = entered[0][2]
-    return [
-        MicroBatch(ids, x, x_hat, _shared(arguments, first))
-        for (ids, x, arguments), x_hat in zip(entered, starts, strict=True)
-    ]
+
+def add_stream(decoder: Decoder, embedding: nn.Embedding, quantized: Tensor, batches: list[MicroBatch]) -> None:
+    """One more quantized stream, from the embedding's stored values `quantized` [vocabulary, hidden]."""
+    weight = embedding.weight.data
+    embedding.weight.data = quantized
+    try:
+        for batch in batches:
+            batch.x_hat.append(decoder.enter(batch.tokens)[0])
+    finally:
+        embedding.weight.data = weight
 
 
 def _shared(new: Any, old: Any) -> Any:
@@ -143,57 +142,69 @@ def _shared(new: Any, old: Any) -> Any:
     return new
 
 
+class _Stream:
+    """One quantized stream in one block: a copy of the block, and the forwards of all micro-batches, waiting."""
+
+    def __init__(self, module: nn.Module, number: int, observed: Callable[[str], bool]) -> None:
+        self.number = number
+        self.module = copy.deepcopy(module)
+        self.block = Block(self.module, observed)
+        self.forwards: list[Any] = []
+
+    def start(self, stops: list[Stop], batches: list[MicroBatch], index: int) -> None:
+        self.block.stop_at(stops)
+        self.forwards = [self.block.start(batch.x_hat[self.number], batch.arguments[index]) for batch in batches]
+
+
 def walk(
     module: nn.Module, index: int, name: str, batches: list[MicroBatch], wanted: Callable[[str], bool], clock: Clock
-) -> Iterator[list[Group]]:
-    """Run decoder block `index` once per stream; yield the groups of each stop, to be rounded before the next.
+) -> Iterator[tuple[int, list[Group]]]:
+    """Run decoder block `index` once per stream; at each stop yield, for one quantized stream after another, its number
+    and its groups, to be rounded before the next.
 
     name:    the block's, e.g. `model.layers.3`; the matrices' names begin with it.
-    wanted:  whether a weight, named like a checkpoint parameter, will be rounded.
-    Yields before the quantized stream uses the weights; afterwards `batches` holds the block's outputs.
+    wanted:  whether a weight, named like a checkpoint parameter, will be rounded in any stream.
+    Yields before that quantized stream uses the weights; afterwards `batches` holds the block's outputs.
     """
-    quantized_module = copy.deepcopy(module)
-    float_block, quantized_block = (
-        Block(each, lambda part: _wanted(module, f"{name}.{part}", part, wanted)) for each in (module, quantized_module)
-    )
 
+    def observed(part: str) -> bool:
+        return _wanted(module, f"{name}.{part}", part, wanted)
+
+    first, *others = batches
+    streams = [_Stream(module, number, observed) for number in range(len(first.x_hat))]
+    float_block = Block(module, observed)
     try:
-        first, *others = batches
         stops, arrivals, output = float_block.observe(first.x, first.arguments[index])
-        quantized_block.stop_at(stops)
-        pairs = [
-            (
-                float_block.start(batch.x, batch.arguments[index]),
-                quantized_block.start(batch.x_hat, batch.arguments[index]),
-            )
-            for batch in others
-        ]
-        lead = quantized_block.start(first.x_hat, first.arguments[index])
+        forwards = [float_block.start(batch.x, batch.arguments[index]) for batch in others]
+        for stream in streams:
+            stream.start(stops, batches, index)
         clock.lap("forward")
         for number, stop in enumerate(stops):
-            groups = _groups(module, quantized_module, name, stop)
-            payload, arrivals[number] = arrivals[number], None
-            _observe(groups, stop, module, payload, _switched(lead, clock), clock)
-            del payload
-            for float_forward, quantized_forward in pairs:
-                x = _switched(float_forward, clock)
-                _observe(groups, stop, module, x, _switched(quantized_forward, clock), clock)
-            clock.lap("statistics")
-            yield groups
-            clock.lap(None)
-        first.x, first.x_hat = output, _switched(lead, clock)
-        for batch, (float_forward, quantized_forward) in zip(others, pairs, strict=True):
-            batch.x, batch.x_hat = _switched(float_forward, clock), _switched(quantized_forward, clock)
+            payloads = [arrivals[number], *(_switched(forward, clock) for forward in forwards)]
+            arrivals[number] = None
+            for stream in streams:
+                groups = _groups(module, stream.module, name, stop)
+                for payload, forward in zip(payloads, stream.forwards, strict=True):
+                    _observe(groups, stop, module, payload, _switched(forward, clock), clock)
+                clock.lap("statistics")
+                yield stream.number, groups
+                clock.lap(None)
+            del payloads
+        for batch, x in zip(batches, [output, *(_switched(forward, clock) for forward in forwards)], strict=True):
+            batch.x = x
+        for stream in streams:
+            for batch, forward in zip(batches, stream.forwards, strict=True):
+                batch.x_hat[stream.number] = _switched(forward, clock)
     finally:
-        float_block.restore()
-        quantized_block.restore()
+        for block in (float_block, *(stream.block for stream in streams)):
+            block.restore()
 
 
-def head_statistics(decoder: Decoder, batches: list[MicroBatch], clock: Clock) -> LayerStats:
-    """Statistics of the output matrix's input: the final norm's outputs in both streams."""
+def head_statistics(decoder: Decoder, batches: list[MicroBatch], stream: int, clock: Clock) -> LayerStats:
+    """Statistics of the output matrix's input: the final norm's outputs in the float stream and a quantized one."""
     stats = LayerStats(batches[0].x.shape[-1], batches[0].x.device)
     for batch in batches:
-        x, x_hat = decoder.leave(batch.tokens, batch.x), decoder.leave(batch.tokens, batch.x_hat)
+        x, x_hat = decoder.leave(batch.tokens, batch.x), decoder.leave(batch.tokens, batch.x_hat[stream])
         clock.lap("forward")
         stats.update(x.flatten(0, 1), x_hat.flatten(0, 1))
         clock.lap("statistics")

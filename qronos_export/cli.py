@@ -10,6 +10,7 @@ import logging
 import os
 import sys
 import traceback
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -74,7 +75,16 @@ def quantize(
     model: Annotated[
         str | None, typer.Argument(help="Folder with config.json and safetensors, hub id, float .gguf, or `demo`.")
     ] = None,
-    format: Annotated[str | None, _setting("format", "Type or mix by llama.cpp's name.")] = None,
+    format: Annotated[
+        str | None, _setting("format", "Types or mixes by llama.cpp's names, comma separated; a file for each.")
+    ] = None,
+    override: Annotated[
+        list[str] | None,
+        typer.Option(help="Type of the tensors a glob fits; the first that fits counts.", metavar="GLOB=TYPE"),
+    ] = None,
+    output_type: Annotated[str | None, typer.Option(help="Type of the output matrix; otherwise the mix's.")] = None,
+    embedding_type: Annotated[str | None, typer.Option(help="Type of the embedding; otherwise the mix's.")] = None,
+    pure: Annotated[bool | None, typer.Option("--pure", help="One type for all tensors, no mix.")] = None,
     method: Annotated[str | None, _setting("method", "qronos, gptq, gpfq or rtn.")] = None,
     calibration: Annotated[
         str | None, _setting("calibration", "Text file, hf:NAME[:CONFIG[:SPLIT]], or self: sampled from the model.")
@@ -99,8 +109,10 @@ def quantize(
     force: Annotated[bool, typer.Option("--force", help="Replace results in DIR.")] = False,
     llamacpp: LlamaCppOption = None,
 ) -> None:
-    """Quantize MODEL into DIR/<model>-<FORMAT>.gguf and DIR/report.json."""
+    """Quantize MODEL into DIR/<model>-<FORMAT>.gguf, one for each format, and DIR/report.json."""
     given = {name: value for name, value in locals().items() if name in RECIPE_FIELDS and value is not None}
+    if override:
+        given["overrides"] = dict(_override(each) for each in override)
     wanted = load_recipe(recipe, **given) if recipe else recipe_from(given, "The command line")
 
     from qronos_export.llamacpp import find
@@ -125,6 +137,13 @@ def quantize(
                 progress.remove_task(task)
                 result, folder = event.report, event.folder
     _summary(result, folder)
+
+
+def _override(given: str) -> tuple[str, str]:
+    glob, separator, kind = given.rpartition("=")
+    if not (glob and separator and kind):
+        raise UsageError(f"--override {given} is not GLOB=TYPE; write for example --override 'blk.*.ffn_down.*=Q6_K'.")
+    return glob, kind
 
 
 @app.command()
@@ -173,6 +192,8 @@ def formats() -> None:
     table = Table("format", "bits per weight", "block", "bytes a block", "how", box=None, pad_edge=False)
     for fmt in FORMATS.values():
         how = "kept as it is" if fmt.is_float else "rtn, gptq, gpfq, qronos"
+        if fmt.ggml_type is None:
+            how = "no GGUF type; for torch and ONNX"
         table.add_row(fmt.name, f"{fmt.bits_per_weight:g}", str(fmt.block_size), str(fmt.block_bytes), how)
     _console().print(table)
 
@@ -204,18 +225,22 @@ def llamacpp_where(llamacpp: LlamaCppOption = None) -> None:
 
 
 def _summary(result: RunReport, folder: Path) -> None:
-    checked = result.validation
     rows: list[tuple[str, str]] = []
     for artifact in result.artifacts:
         rows += [
             ("file", str(folder / artifact.path)),
             ("size", f"{artifact.bytes / 1e6:.1f} MB, {artifact.bits_per_weight:.3f} bits a weight"),
         ]
-    if checked:
+        if checked := artifact.validation:
+            rows += [
+                ("perplexity", f"{checked['perplexity']:.3f}, float {checked['perplexity_reference']:.3f}"),
+                ("KL divergence", f"{checked['kl_divergence']:.4f} ± {checked['kl_divergence_error']:.4f}"),
+                ("same top token", f"{checked['same_top']:.1f} %"),
+            ]
+        instead = Counter((s["wanted"], s["type"]) for s in result.substitutes if s["artifact"] == artifact.format)
         rows += [
-            ("perplexity", f"{checked['perplexity']:.3f}, float {checked['perplexity_reference']:.3f}"),
-            ("KL divergence", f"{checked['kl_divergence']:.4f} ± {checked['kl_divergence_error']:.4f}"),
-            ("same top token", f"{checked['same_top']:.1f} %"),
+            ("substitutes", f"{count} tensors are {used}: {wanted}'s blocks do not divide their rows")
+            for (wanted, used), count in instead.items()
         ]
     notes = [layer for layer in result.layers if layer.note]
     rows += [(layer.tensor, layer.note) for layer in notes[:5]]

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from formats import FORMATS, BlockFormat
 from qronos_export.calibration import Group, Matrix
-from qronos_export.plan import Plan
+from qronos_export.plan import Mix, Plan
 from qronos_export.report import LayerReport
 from qronos_export.rounding import Rounder, Settings, rtn
 
 if TYPE_CHECKING:
-    from formats import BlockFormat
     from qronos_export.artifact.gguf import BlockStore, Target
     from qronos_export.statistics import LayerStats
 
@@ -23,18 +23,19 @@ MIN_TOKENS_PER_FEATURE = 1 / 16
 
 
 def round_group(
-    group: Group, plan: Plan, rounder: Rounder, settings: Settings, store: BlockStore
+    group: Group, plan: Plan, mix: Mix, rounder: Rounder, settings: Settings, store: BlockStore
 ) -> Iterator[LayerReport]:
-    """Round every weight of `group` that has a target; rows of one format are swept together.
+    """Round every weight of `group` that has a target in `mix`; rows of one format are swept together.
 
     Afterwards `matrix.quantized` holds the stored values, and `store` the blocks.
     """
     by_format: dict[str, list[tuple[Matrix, Target]]] = {}
     for matrix in group.matrices:
         for target in plan.targets(matrix.name):
-            by_format.setdefault(plan.format(target).name, []).append((matrix, target))
-    for jobs in by_format.values():
-        yield from _round_rows(jobs, plan, group.stats, *_fallback(group.stats, rounder), settings, store)
+            if fmt := mix.format(target.tensor):
+                by_format.setdefault(fmt.name, []).append((matrix, target))
+    for name, jobs in by_format.items():
+        yield from _round_rows(jobs, plan, mix, FORMATS[name], group.stats, rounder, settings, store)
 
 
 def _fallback(stats: LayerStats, rounder: Rounder) -> tuple[Rounder, str]:
@@ -46,21 +47,19 @@ def _fallback(stats: LayerStats, rounder: Rounder) -> tuple[Rounder, str]:
 def _round_rows(
     jobs: list[tuple[Matrix, Target]],
     plan: Plan,
+    mix: Mix,
+    fmt: BlockFormat,
     stats: LayerStats,
     rounder: Rounder,
-    note: str,
     settings: Settings,
     store: BlockStore,
 ) -> Iterator[LayerReport]:
     started = time.perf_counter()
-    fmt: BlockFormat = plan.format(jobs[0][1])
     device = jobs[0][0].weight.device
     parts = [matrix.weight[target.rows.to(device)].to(torch.float32) for matrix, target in jobs]
     weight = parts[0] if len(parts) == 1 else torch.cat(parts)
     del parts
-    if fmt.is_float:
-        rounder = rtn
-        note = f"rows of {weight.shape[1]} weights divide into no block of the format; llama.cpp's substitute"
+    rounder, note = _fallback(stats, rtn if fmt.is_float else rounder)
     rounded = rounder(weight, stats, fmt, settings)
     power = torch.linalg.vecdot(weight @ stats.hessian if stats.tokens else weight, weight)
     values = rounded.weight.dequantize()
@@ -72,6 +71,7 @@ def _round_rows(
         store.put(plan.tensor(target), fmt, target.file_rows, rounded.weight.blocks[rows], values[rows])
         matrix.quantized[target.rows.to(device)] = values[rows].to(matrix.quantized.dtype)
         yield LayerReport(
+            artifact=mix.name,
             name=matrix.name,
             tensor=target.tensor,
             format=fmt.name,

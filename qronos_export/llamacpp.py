@@ -108,7 +108,7 @@ class LlamaCpp:
             self._run("llama-quantize", [*how, _model(source), partial, ftype, *threads])
         return destination
 
-    def planned_types(
+    def plan(
         self,
         source: Path,
         ftype: str,
@@ -117,16 +117,16 @@ class LlamaCpp:
         tensor_types: Mapping[str, str] | None = None,
         pure: bool = False,
         options: Sequence[str] = (),
-    ) -> dict[str, str]:
-        """Tensor name -> type ("Q4_0", "F32") that `quantize` with the same arguments would write, without writing."""
+    ) -> log.PlannedTypes:
+        """The types that `quantize` with the same arguments would write, without writing."""
         how = self._quantize_options(ftype, imatrix, tensor_types, pure, options)
         planned = log.planned_types(self._run("llama-quantize", [*how, "--dry-run", _model(source), ftype]))
-        if not planned:
+        if not planned.types:
             raise LlamaCppError(f"llama-quantize --dry-run listed no tensors of {source}. {self._hint()}")
         return planned
 
-    def quantize_types(self) -> list[str]:
-        """The names `llama-quantize` accepts."""
+    def quantize_types(self) -> dict[str, int | None]:
+        """The names `llama-quantize` accepts, and the numbers that `general.file_type` says them by."""
         command: list[str | Path] = [self.bin_folder / "llama-quantize", "--help"]
         return log.quantize_types(run(command, time_limit=self.time_limit, exit_codes=(0, 1), hint=self._hint()))
 

@@ -182,15 +182,30 @@ def logits_context(logits: Path) -> int:
     return int(struct.unpack("<I", head[8:])[0])
 
 
-def planned_types(text: str) -> dict[str, str]:
+@dataclass(frozen=True)
+class PlannedTypes:
+    """What `llama-quantize --dry-run` says it would write.
+
+    types:        tensor name -> type ("Q4_0", "F32").
+    substitutes:  tensor name -> the type that was meant, where its blocks do not divide the tensor's rows.
+    """
+
+    types: dict[str, str]
+    substitutes: dict[str, str]
+
+
+def planned_types(text: str) -> PlannedTypes:
     """From `llama-quantize --dry-run`; a tensor without an arrow keeps the type it has."""
     tensor = re.compile(r"^\[ *\d+/ *\d+\] +(\S+) +- \[[^]]*\], type = *(\w+), size =[^>\n]*(?:> .*\((\w+)\))?", re.M)
-    return {name: (new or old).upper() for name, old, new in tensor.findall(text)}
+    types = {name: (new or old).upper() for name, old, new in tensor.findall(text)}
+    meant = re.compile(r"^warning: (\S+) +- ncols +\d+ not divisible by +\d+ \(required for type +(\w+)\)", re.M)
+    return PlannedTypes(types, {name: wanted.upper() for name, wanted in meant.findall(text)})
 
 
-def quantize_types(text: str) -> list[str]:
-    """From `llama-quantize --help`, whose list reads "  15  or  Q4_K_M  :  4.58G…"."""
-    return re.findall(r"^ *(?:\d+ +or)? +([A-Z]\w*) +: ", text, re.M)
+def quantize_types(text: str) -> dict[str, int | None]:
+    """Names and numbers from `llama-quantize --help`, whose list reads "  15  or  Q4_K_M  :  4.58G…"; COPY has none."""
+    found = re.findall(r"^ *(?:(\d+) +or)? +([A-Z]\w*) +: ", text, re.M)
+    return {name: int(number) if number else None for number, name in found}
 
 
 def vocabulary(text: str, model: Path) -> int:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +23,7 @@ from qronos_export.errors import OutputError, UsageError
 from qronos_export.layers import round_group
 from qronos_export.llamacpp import LlamaCpp
 from qronos_export.memory import give_back, peak_memory
-from qronos_export.plan import Plan, quantized_names
+from qronos_export.plan import CARRIERS, Mix, Plan, mix, type_patterns
 from qronos_export.recipe import Recipe
 from qronos_export.report import Artifact, LayerReport, RunReport
 from qronos_export.rounding import ROUNDERS, Settings
@@ -86,18 +86,21 @@ def run(
     device = pick_device(recipe.device)
     yield Stage("load")
     checkpoint = open_checkpoint(recipe.model)
-    artifact = output / f"{checkpoint.name}-{recipe.format}.gguf"
     report_path = output / "report.json"
-    with workspace(output, [artifact, report_path], force) as folder:
+    paths = {name: output / f"{checkpoint.name}-{name}.gguf" for name in recipe.formats}
+    with workspace(output, [*paths.values(), report_path], force) as folder:
         _check_space(checkpoint, folder)
         text = held_out_file(held, folder) if held else None
         if held and text:
             corpus.check_length(text, checkpoint, 2 * held.context)
         clock = Clock()
         source = gguf.GGUFFile(float_file(checkpoint, llamacpp, folder))
-        types = llamacpp.planned_types(source.path, recipe.format)
-        names = quantized_names(source, types, recipe.format)
-        plan = Plan(source, gguf.RowIndex(source, names), types)
+        outputs = [
+            Output(choose_types(source, name, recipe, llamacpp), gguf.BlockStore(folder / name), path)
+            for name, path in paths.items()
+        ]
+        wanted = dict.fromkeys(name for each in outputs for name in each.mix.quantized)
+        plan = Plan(source, gguf.RowIndex(source, list(wanted)))
         model = LazyModel(checkpoint, device)
         clock.lap("load")
 
@@ -107,9 +110,8 @@ def run(
             versions=report.versions(llamacpp.version),
             device=str(device),
         )
-        store = gguf.BlockStore(folder / "blocks")
         if recipe.method == "rtn":
-            rounded = round_to_nearest(model, plan, store, clock)
+            rounded = round_to_nearest(model, plan, outputs, clock)
         else:
             yield Stage("calibration text")
             tokens = corpus.calibration_tokens(
@@ -123,25 +125,27 @@ def run(
             )
             clock.lap("calibration")
             result.calibration = {"text": tokens.description, "tokens": tokens.tokens.numel(), "sha256": tokens.sha256}
-            rounded = calibrate(model, plan, store, tokens.tokens.to(device), recipe, clock)
+            rounded = calibrate(model, plan, outputs, tokens.tokens.to(device), recipe, clock)
 
-        yield Stage("layers", len(names))
+        yield Stage("layers", sum(len(each.mix.quantized) for each in outputs))
         for layer in rounded:
             result.layers.append(layer)
-            yield Step(len({each.tensor for each in result.layers}), layer)
-        result.kept = [
-            {"tensor": name, "type": source.tensors[name].type, "why": "its rows are no rows of a weight we calibrate"}
-            for name in plan.unclaimed
-        ]
+            yield Step(len({(each.artifact, each.tensor) for each in result.layers}), layer)
+        for each in outputs:
+            result.kept += each.kept(source, plan)
+            result.substitutes += each.substitutes()
 
-        yield Stage("write")
+        yield Stage("write", len(outputs))
         clock.lap(None)
-        fresh = folder / artifact.name
-        gguf.write_gguf(source, store, recipe.format, fresh)
-        gguf.verify_gguf(fresh, source, store)
-        bits = gguf.bits_per_weight(fresh)
-        result.artifacts = [Artifact(artifact.name, fresh.stat().st_size, bits, report.sha256(fresh))]
-        fresh.replace(artifact)
+        fresh = [folder / each.path.name for each in outputs]
+        for done, (each, file) in enumerate(zip(outputs, fresh, strict=True), start=1):
+            gguf.write_gguf(source, each.store, each.mix.file_type, file)
+            bits = gguf.verify_gguf(file, source, each.store).bits_per_weight
+            result.artifacts.append(Artifact(file.name, each.mix.name, file.stat().st_size, bits, report.sha256(file)))
+            each.store.discard()
+            yield Step(done)
+        for each, file in zip(outputs, fresh, strict=True):
+            file.replace(each.path)
         clock.lap("write")
         result.seconds = {**clock.seconds, "total": time.perf_counter() - begun}
         result.peak_memory_bytes = peak_memory()
@@ -158,12 +162,53 @@ def run(
                 chunks=held.chunks,
                 on_chunk=on_progress,
             ) as reference:
-                yield Stage("validate")
-                result.validation = reference.compare(artifact, on_chunk=on_progress).to_json()
+                for each, artifact in zip(outputs, result.artifacts, strict=True):
+                    yield Stage(f"validate: {each.mix.name}")
+                    artifact.validation = reference.compare(each.path, on_chunk=on_progress).to_json()
             clock.lap("validate")
             result.seconds = {**clock.seconds, "total": time.perf_counter() - begun}
             result.write(report_path)
     yield Finished(result, output)
+
+
+@dataclass(frozen=True)
+class Output:
+    """One artifact on its way: its types, its finished blocks, and where it will be."""
+
+    mix: Mix
+    store: gguf.BlockStore
+    path: Path
+
+    def kept(self, source: gguf.GGUFFile, plan: Plan) -> list[dict[str, str]]:
+        """Tensors of the mix whose rows are no rows of a weight of ours."""
+        why = "its rows are no rows of a weight we calibrate"
+        return [
+            {"artifact": self.mix.name, "tensor": name, "type": source.tensors[name].type, "why": why}
+            for name in plan.unclaimed
+            if name in self.mix.quantized
+        ]
+
+    def substitutes(self) -> list[dict[str, str]]:
+        return [
+            {"artifact": self.mix.name, "tensor": name, "wanted": wanted, "type": self.mix.types[name]}
+            for name, wanted in self.mix.substitutes.items()
+        ]
+
+
+def choose_types(source: gguf.GGUFFile, name: str, recipe: Recipe, llamacpp: LlamaCpp) -> Mix:
+    """The types of the artifact `name`, as llama-quantize would choose them with the recipe's wishes."""
+    carrier, number = CARRIERS.get(name, (name, None))
+    options = [
+        *(["--output-tensor-type", recipe.output_type.lower()] if recipe.output_type else []),
+        *(["--token-embedding-type", recipe.embedding_type.lower()] if recipe.embedding_type else []),
+    ]
+    patterns = type_patterns(source, recipe.overrides)
+    planned = llamacpp.plan(source.path, carrier, tensor_types=patterns, pure=recipe.pure, options=options)
+    if number is None:
+        number = llamacpp.quantize_types()[name]
+    if number is None:
+        raise UsageError(f"--format {name} is no type; see `qronos-export formats`.")
+    return mix(source, name, number, planned.types, planned.substitutes, recipe.overrides)
 
 
 def prove(file: Path, reference: str, held: Held, *, llamacpp: LlamaCpp) -> Validation:
@@ -181,19 +226,23 @@ def prove(file: Path, reference: str, held: Held, *, llamacpp: LlamaCpp) -> Vali
 
 
 def calibrate(
-    model: LazyModel, plan: Plan, store: gguf.BlockStore, tokens: torch.Tensor, recipe: Recipe, clock: Clock
+    model: LazyModel, plan: Plan, outputs: list[Output], tokens: torch.Tensor, recipe: Recipe, clock: Clock
 ) -> Iterator[LayerReport]:
-    """Embedding, every block, head: both streams side by side; yields each tensor as it is rounded."""
+    """Embedding, every block, head: all streams side by side; yields each tensor as it is rounded."""
     rounder = ROUNDERS[recipe.method]
     settings = Settings(recipe.damping, recipe.shrinkage, recipe.order)
     decoder = calibration.Decoder(model.model.get_decoder(), model.blocks)
 
     clock.lap(None)
-    embedding = _embedding_group(model, plan)
-    yield from round_group(embedding, plan, ROUNDERS["rtn"], settings, store)
-    clock.lap("rounding")
-    batches = calibration.enter(decoder, model.embedding, embedding.matrices[0].quantized, tokens, recipe.micro_batch)
-    del embedding
+    _claim_embedding(model, plan)
+    batches = calibration.enter(decoder, tokens, recipe.micro_batch)
+    for each in outputs:
+        clock.lap("forward")
+        embedding = _embedding_group(model)
+        yield from round_group(embedding, plan, each.mix, ROUNDERS["rtn"], settings, each.store)
+        clock.lap("rounding")
+        calibration.add_stream(decoder, model.embedding, embedding.matrices[0].quantized, batches)
+        del embedding
     give_back()
     clock.lap("forward")
 
@@ -204,55 +253,66 @@ def calibrate(
         plan.claim(calibration.block_matrices(module, name))
         clock.lap("load")
         stops = calibration.walk(module, index, name, batches, lambda weight: bool(plan.targets(weight)), clock)
-        for groups in stops:
+        for stream, groups in stops:
+            each = outputs[stream]
             for group in groups:
-                layers = list(round_group(group, plan, rounder, settings, store))
+                layers = list(round_group(group, plan, each.mix, rounder, settings, each.store))
                 clock.lap("rounding")
                 yield from layers
         model.release_block(index)
         give_back()
 
     if model.head is not None and not model.tied:
-        head = _head_matrix(model, plan)
-        if plan.targets(head.name):
-            stats = calibration.head_statistics(decoder, batches, clock)
-            yield from round_group(Group([head], stats), plan, rounder, settings, store)
-            clock.lap("rounding")
+        weight = _claim_head(model, plan)
+        for stream, each in enumerate(outputs):
+            if any(each.mix.format(target.tensor) for target in plan.targets("head")):
+                stats = calibration.head_statistics(decoder, batches, stream, clock)
+                head = Group([Matrix("head", weight, weight.clone())], stats)
+                yield from round_group(head, plan, each.mix, rounder, settings, each.store)
+                clock.lap("rounding")
 
 
-def round_to_nearest(model: LazyModel, plan: Plan, store: gguf.BlockStore, clock: Clock) -> Iterator[LayerReport]:
+def round_to_nearest(model: LazyModel, plan: Plan, outputs: list[Output], clock: Clock) -> Iterator[LayerReport]:
     """Every tensor on its own, without calibration."""
     rtn, settings = ROUNDERS["rtn"], Settings(0.0, 0.0, "natural")
+
+    def rounded(weights: Mapping[str, torch.Tensor]) -> Iterator[LayerReport]:
+        for name, weight in weights.items():
+            for each in outputs:
+                group = Group([Matrix(name, weight, torch.empty_like(weight))], LayerStats(0))
+                yield from round_group(group, plan, each.mix, rtn, settings, each.store)
+        clock.lap("rounding")
+
     clock.lap(None)
-    yield from round_group(_embedding_group(model, plan), plan, rtn, settings, store)
+    _claim_embedding(model, plan)
+    yield from rounded({"embedding": model.embedding.weight.detach()})
     for index, name in enumerate(model.block_names):
         weights = calibration.block_matrices(model.load_block(index), name)
         plan.forget()
         plan.claim(weights)
         clock.lap("load")
-        for weight_name, weight in weights.items():
-            group = Group([Matrix(weight_name, weight, weight)], LayerStats(0))
-            yield from round_group(group, plan, rtn, settings, store)
-        clock.lap("rounding")
+        yield from rounded(weights)
         model.release_block(index)
         give_back()
     if model.head is not None and not model.tied:
-        yield from round_group(Group([_head_matrix(model, plan)], LayerStats(0)), plan, rtn, settings, store)
-    clock.lap("rounding")
+        yield from rounded({"head": _claim_head(model, plan)})
 
 
-def _embedding_group(model: LazyModel, plan: Plan) -> Group:
+def _claim_embedding(model: LazyModel, plan: Plan) -> None:
+    plan.claim({"embedding": model.embedding.weight.detach()})
+
+
+def _embedding_group(model: LazyModel) -> Group:
     """The embedding, to be rounded to nearest: each of its rows is read alone, so there is nothing to correlate."""
     weight = model.embedding.weight.detach()
-    plan.claim({"embedding": weight})
     return Group([Matrix("embedding", weight, weight.clone())], LayerStats(0))
 
 
-def _head_matrix(model: LazyModel, plan: Plan) -> Matrix:
+def _claim_head(model: LazyModel, plan: Plan) -> torch.Tensor:
     assert model.head is not None
     weight = model.head.weight.detach()
     plan.claim({"head": weight})
-    return Matrix("head", weight, weight)
+    return weight
 
 
 def pick_device(name: str) -> torch.device:

@@ -1,60 +1,80 @@
 """Which tensor of the artifact gets which format, from which rows of which weight.
 
-llama.cpp itself decides the types: `llama-quantize --dry-run` on the float file. So mixes, tied embeddings and
-substitutes for rows that a block does not divide are upstream's, and the artifact is as large as `llama-quantize`'s to
-the byte.
+llama.cpp itself decides the types: `llama-quantize --dry-run` on the float file, with the user's overrides. So mixes,
+tied embeddings and substitutes for rows that a block does not divide are upstream's, and the artifact is as large as
+`llama-quantize`'s to the byte.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from formats import FORMATS, BlockFormat
-from qronos_export.errors import PlanError
+from qronos_export.errors import PlanError, UsageError
 
 if TYPE_CHECKING:
     from qronos_export.artifact.gguf import GGUFFile, RowIndex, StoredTensor, Target
 
-
-class Plan:
-    """Targets for weights, as they come by; and in the end, what no weight claimed."""
-
-    def __init__(self, file: GGUFFile, index: RowIndex, types: Mapping[str, str]) -> None:
-        self._file = file
-        self._index = index
-        self._types = types
-        self._targets: dict[str, list[Target]] = {}
-
-    def claim(self, weights: Mapping[str, Tensor]) -> None:
-        """Find the tensors of the file that `weights` (parameter name -> float32 [rows, columns]) fill."""
-        for target in self._index.match(weights):
-            self._targets.setdefault(target.source, []).append(target)
-
-    def targets(self, name: str) -> list[Target]:
-        """Where rows of the weight `name` go; empty where it stays float."""
-        return self._targets.get(name, [])
-
-    def forget(self) -> None:
-        """Drop the targets found so far; a block's are of no use once it is written."""
-        self._targets.clear()
-
-    def format(self, target: Target) -> BlockFormat:
-        return FORMATS[self._types[target.tensor]]
-
-    def tensor(self, target: Target) -> StoredTensor:
-        return self._file.tensors[target.tensor]
-
-    @property
-    def unclaimed(self) -> list[str]:
-        """Tensors meant to be quantized whose rows are no rows of ours: they stay float."""
-        return self._index.unmatched
+CARRIERS = {"MXFP4": ("Q4_0", 38), "NVFP4": ("Q4_0", 39)}
+"""Types that llama-quantize has no mix of for dense models: the mix whose plain type they replace, and the number that
+`general.file_type` says them by (llama.h: MOSTLY_MXFP4_MOE, MOSTLY_NVFP4)."""
 
 
-def quantized_names(file: GGUFFile, types: Mapping[str, str], format: str) -> list[str]:
-    """The tensors of `file` whose planned type is a block format. Raises PlanError for a type we do not have."""
+@dataclass(frozen=True)
+class Mix:
+    """The types of one artifact.
+
+    name:         as the user asked for it: a type or a mix by llama.cpp's name.
+    file_type:    llama.cpp's number of it.
+    types:        tensor -> type, of every tensor of the file.
+    quantized:    the tensors whose type changes, in file order.
+    substitutes:  tensor -> the type that was meant, where its blocks do not divide the tensor's rows.
+    """
+
+    name: str
+    file_type: int
+    types: Mapping[str, str]
+    quantized: Sequence[str]
+    substitutes: Mapping[str, str]
+
+    def format(self, tensor: str) -> BlockFormat | None:
+        """What `tensor` is rounded to; None where it stays as it is."""
+        return FORMATS[self.types[tensor]] if tensor in self.quantized else None
+
+
+def mix(
+    file: GGUFFile,
+    name: str,
+    file_type: int,
+    types: Mapping[str, str],
+    substitutes: Mapping[str, str],
+    overrides: Mapping[str, str],
+) -> Mix:
+    """The mix `name` of `file` from llama-quantize's plan for it (or for its carrier).
+
+    Raises PlanError for a type we do not have and where nothing would be quantized.
+    """
+    types, substitutes = dict(types), dict(substitutes)
+    if name in CARRIERS:
+        carrier, _ = CARRIERS[name]
+        for tensor in [t for t, planned in types.items() if planned == carrier]:
+            if any(fnmatchcase(tensor, glob) for glob in overrides) or tensor in substitutes:
+                continue
+            if file.tensors[tensor].columns % FORMATS[name].block_size:
+                substitutes[tensor] = name
+            else:
+                types[tensor] = name
+    quantized = _quantized(file, types, name)
+    return Mix(name, file_type, types, quantized, {t: meant for t, meant in substitutes.items() if t in quantized})
+
+
+def _quantized(file: GGUFFile, types: Mapping[str, str], format: str) -> list[str]:
     names = []
     for name, tensor in file.tensors.items():
         planned = types.get(name)
@@ -65,9 +85,13 @@ def quantized_names(file: GGUFFile, types: Mapping[str, str], format: str) -> li
         if planned not in FORMATS:
             raise PlanError(
                 f"{format} stores {name} as {planned}, which this version cannot write; "
-                f"it has {', '.join(FORMATS)}. Choose a --format made of these."
+                f"it has {', '.join(_storable())}. Choose a --format made of these, or an --override for this tensor."
             )
-        FORMATS[planned].check(tensor.columns)
+        if tensor.columns % FORMATS[planned].block_size:
+            raise PlanError(
+                f"{name} cannot be {planned}: its rows of {tensor.columns} weights do not divide into blocks of "
+                f"{FORMATS[planned].block_size}. Choose a type with smaller blocks for it."
+            )
         names.append(name)
     if all(FORMATS[types[name]].is_float for name in names):
         columns = sorted({tensor.columns for tensor in file.tensors.values() if len(tensor.shape) > 1})
@@ -76,3 +100,56 @@ def quantized_names(file: GGUFFile, types: Mapping[str, str], format: str) -> li
             f"divide into blocks of {FORMATS[format].block_size if format in FORMATS else 32}."
         )
     return names
+
+
+def type_patterns(file: GGUFFile, overrides: Mapping[str, str]) -> dict[str, str]:
+    """Overrides, glob of tensor names -> type (the first that fits counts), as `llama-quantize --tensor-type` has them.
+
+    Raises UsageError for a glob that fits no tensor and for an unknown type.
+    """
+    patterns = {}
+    for glob, kind in overrides.items():
+        if kind.upper() not in _storable():
+            raise UsageError(f"Override {glob}={kind}: there is no type {kind}; known are {', '.join(_storable())}.")
+        if re.search(r"[^\w.*?]", glob) or not any(fnmatchcase(name, glob) for name in file.tensors):
+            some = [name for name, tensor in file.tensors.items() if len(tensor.shape) > 1][:3]
+            raise UsageError(
+                f"Override {glob}={kind} fits no tensor of {file.path.name}, which has {', '.join(some)} and so on; "
+                "* stands for any characters, ? for any one."
+            )
+        patterns["^" + glob.replace(".", r"\.").replace("*", ".*").replace("?", ".") + "$"] = kind.lower()
+    return patterns
+
+
+def _storable() -> list[str]:
+    return [name for name, fmt in FORMATS.items() if fmt.ggml_type is not None]
+
+
+class Plan:
+    """Targets for weights, as they come by; and in the end, what no weight claimed."""
+
+    def __init__(self, file: GGUFFile, index: RowIndex) -> None:
+        self._file = file
+        self._index = index
+        self._targets: dict[str, list[Target]] = {}
+
+    def claim(self, weights: Mapping[str, Tensor]) -> None:
+        """Find the tensors of the file that `weights` (parameter name -> float32 [rows, columns]) fill."""
+        for target in self._index.match(weights):
+            self._targets.setdefault(target.source, []).append(target)
+
+    def targets(self, name: str) -> list[Target]:
+        """Where rows of the weight `name` go; empty where it stays float in every artifact."""
+        return self._targets.get(name, [])
+
+    def forget(self) -> None:
+        """Drop the targets found so far; a block's are of no use once it is written."""
+        self._targets.clear()
+
+    def tensor(self, target: Target) -> StoredTensor:
+        return self._file.tensors[target.tensor]
+
+    @property
+    def unclaimed(self) -> list[str]:
+        """Tensors meant to be quantized whose rows are no rows of ours: they stay float."""
+        return self._index.unmatched

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,10 @@ class Recipe:
     """What to quantize and how. The defaults are measured ones: docs/measurements.md.
 
     model:            folder with config.json and safetensors, hub id, float .gguf, or `demo`.
-    format:           a type or mix by llama.cpp's name, e.g. Q4_0.
+    format:           types or mixes by llama.cpp's names, comma separated, e.g. Q4_0 or Q4_0,Q4_K_M; a file for each.
+    overrides:        globs of GGUF tensor names -> type; the first that fits counts.
+    output_type, embedding_type: type of the output matrix and of the token embedding; None leaves them to llama.cpp.
+    pure:             one type for all tensors instead of llama.cpp's mix.
     method:           qronos, gptq, gpfq or rtn.
     damping:          α in λ = α · mean(diag H).
     shrinkage:        β in G_β = H + β(G − H): how far the measured mismatch of the two streams is trusted.
@@ -30,6 +33,10 @@ class Recipe:
 
     model: str
     format: str = "Q4_0"
+    overrides: dict[str, str] = field(default_factory=dict)
+    output_type: str | None = None
+    embedding_type: str | None = None
+    pure: bool = False
     method: str = "qronos"
     damping: float = 1e-2
     shrinkage: float = 0.5
@@ -42,6 +49,8 @@ class Recipe:
     device: str = "auto"
 
     def __post_init__(self) -> None:
+        if not all(self.formats) or len(set(self.formats)) < len(self.formats):
+            raise UsageError(f"format is {self.format!r}; expected names such as Q4_0 or Q4_0,Q4_K_M, each once.")
         _one_of("method", self.method, METHODS)
         _one_of("order", self.order, ORDERS)
         for name in ("samples", "sequence_length", "micro_batch"):
@@ -51,6 +60,10 @@ class Recipe:
             raise UsageError(f"damping is {self.damping}; expected a number ≥ 0, typically 1e-6 … 1e-1.")
         if not 0 <= self.shrinkage <= 1:
             raise UsageError(f"shrinkage is {self.shrinkage}; expected a number from 0 (GPTQ) to 1 (trust fully).")
+
+    @property
+    def formats(self) -> list[str]:
+        return [name.strip().upper() for name in self.format.split(",")]
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -81,13 +94,22 @@ def recipe_from(data: dict[str, Any], where: str) -> Recipe:
         raise UsageError(f"{where} names no model; give MODEL on the command line or add `model: …`.")
     checked: dict[str, Any] = {}
     for key, value in data.items():
-        wanted = types[key]
+        wanted = str(types[key])
         if wanted == "float" and isinstance(value, int) and not isinstance(value, bool):
             value = float(value)
-        if type(value).__name__ != wanted:
+        if not _fits(value, wanted):
             raise UsageError(f"{where}: {key} is {value!r}; expected {wanted}.")
         checked[key] = value
     return Recipe(**checked)
+
+
+def _fits(value: Any, wanted: str) -> bool:
+    """Whether `value` is of the type a field of Recipe is annotated with."""
+    if wanted == "dict[str, str]":
+        return isinstance(value, dict) and all(isinstance(part, str) for pair in value.items() for part in pair)
+    if wanted.endswith(" | None") and value is None:
+        return True
+    return type(value).__name__ == wanted.removesuffix(" | None")
 
 
 def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:

@@ -16,14 +16,16 @@ SCHEMA = 1
 
 @dataclass(frozen=True)
 class LayerReport:
-    """One tensor of the artifact.
+    """One tensor of an artifact.
 
+    artifact:             the artifact's format, as asked for.
     error:                squared output error of the rounding against its target, relative to the layer's squared
                           output on calibration tokens; for methods without calibration, of the weights themselves.
     recoverable_mismatch: squared output error from the streams' mismatch that weights can undo, same unit.
     damping:              the λ used, in units of H.
     """
 
+    artifact: str
     name: str
     tensor: str
     format: str
@@ -36,17 +38,25 @@ class LayerReport:
     note: str = ""
 
 
-@dataclass(frozen=True)
+@dataclass
 class Artifact:
+    """One file of the run. `validation` is None where it was not asked for."""
+
     path: str
+    format: str
     bytes: int
     bits_per_weight: float
     sha256: str
+    validation: dict[str, Any] | None = None
 
 
 @dataclass
 class RunReport:
-    """Filled by the pipeline; `write` puts it beside the artifact."""
+    """Filled by the pipeline; `write` puts it beside the artifacts.
+
+    kept:         tensors that stay float though their type was planned: {artifact, tensor, type, why}.
+    substitutes:  tensors whose rows the planned type does not divide: {artifact, tensor, wanted, type}.
+    """
 
     model: dict[str, Any]
     recipe: dict[str, Any]
@@ -56,14 +66,19 @@ class RunReport:
     artifacts: list[Artifact] = field(default_factory=list)
     layers: list[LayerReport] = field(default_factory=list)
     kept: list[dict[str, str]] = field(default_factory=list)
-    validation: dict[str, Any] | None = None
+    substitutes: list[dict[str, str]] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
     peak_memory_bytes: int = 0
     schema: int = SCHEMA
 
+    @property
+    def validation(self) -> dict[str, Any] | None:
+        """Of the first artifact; of most runs the only one."""
+        return self.artifacts[0].validation if self.artifacts else None
+
     def to_json(self) -> dict[str, Any]:
         data = asdict(self)
-        return {"schema": data.pop("schema"), **data}
+        return {"schema": data.pop("schema"), **data, "validation": self.validation}
 
     def write(self, path: Path) -> None:
         """Whole or not at all."""

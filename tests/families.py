@@ -76,6 +76,7 @@ SENTENCEPIECE: dict[str, dict[str, Any]] = {
         "user_defined_symbols": "<mask>",
     },
 }
+SENTENCEPIECE["llama_tied"] = SENTENCEPIECE["mixtral"] = SENTENCEPIECE["llama"]
 VOCABULARY = 1024
 
 

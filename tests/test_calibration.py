@@ -30,10 +30,13 @@ def tokens(model: LazyModel, samples: int = 6, length: int = 24) -> Tensor:
 def walk(model: LazyModel, ids: Tensor, batch: int, embedding: Tensor | None = None) -> Iterator[tuple[Group, list]]:
     """Every group of the model, in order, with the micro-batches (whose states are final once this is exhausted)."""
     decoder = calibration.Decoder(model.model.get_decoder(), model.blocks)
-    batches = calibration.enter(decoder, model.embedding, embedding, ids, batch)
+    batches = calibration.enter(decoder, ids, batch)
+    calibration.add_stream(
+        decoder, model.embedding, model.embedding.weight if embedding is None else embedding, batches
+    )
     for index, name in enumerate(model.block_names):
         block = model.load_block(index)
-        for groups in calibration.walk(block, index, name, batches, lambda weight: True, Clock()):
+        for _, groups in calibration.walk(block, index, name, batches, lambda weight: True, Clock()):
             for group in groups:
                 yield group, batches
         model.release_block(index)
@@ -45,9 +48,11 @@ def coarse(weight: Tensor) -> Tensor:
     return (weight / step).round() * step
 
 
-def leave(model: LazyModel, batches: list, stream: str) -> Tensor:
+def leave(model: LazyModel, batches: list, stream: int | None) -> Tensor:
+    """What the head reads in a quantized stream, or in the float stream (None)."""
     decoder = calibration.Decoder(model.model.get_decoder(), model.blocks)
-    return torch.cat([decoder.leave(batch.tokens, getattr(batch, stream)) for batch in batches])
+    states = [batch.x if stream is None else batch.x_hat[stream] for batch in batches]
+    return torch.cat([decoder.leave(batch.tokens, state) for batch, state in zip(batches, states, strict=True)])
 
 
 def plain(model: LazyModel, ids: Tensor) -> Tensor:
@@ -67,7 +72,7 @@ def test_streams_are_the_models_own_forward(model: LazyModel) -> None:
         for matrix in group.matrices:
             rounded[matrix.name] = coarse(matrix.weight)
             matrix.quantized.copy_(rounded[matrix.name])
-    x, x_hat = leave(model, ended, "x"), leave(model, ended, "x_hat")
+    x, x_hat = leave(model, ended, None), leave(model, ended, 0)
     expected = plain(model, ids)
     # 1e-4: experts' sums run in another order than transformers' own
     torch.testing.assert_close(x, expected, rtol=1e-4, atol=1e-4)
@@ -78,6 +83,33 @@ def test_streams_are_the_models_own_forward(model: LazyModel) -> None:
     quantized = model.model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
     torch.testing.assert_close(x_hat, quantized, rtol=1e-4, atol=1e-4)
     assert float((x - x_hat).abs().max()) > 1e-2, "the rounding was meant to be felt"
+
+
+def test_streams_side_by_side_are_streams_alone(model: LazyModel) -> None:
+    """Two roundings at once: each sees the statistics it would see in a run of its own."""
+    ids = tokens(model)
+    roundings = [lambda weight: weight, coarse]
+
+    def run(chosen: list[int]) -> dict[tuple[int, str], Tensor]:
+        decoder = calibration.Decoder(model.model.get_decoder(), model.blocks)
+        batches = calibration.enter(decoder, ids, 4)
+        for _ in chosen:
+            calibration.add_stream(decoder, model.embedding, model.embedding.weight, batches)
+        seen = {}
+        for index, name in enumerate(model.block_names):
+            block = model.load_block(index)
+            for stream, groups in calibration.walk(block, index, name, batches, lambda weight: True, Clock()):
+                for group in groups:
+                    for matrix in group.matrices:
+                        seen[chosen[stream], matrix.name] = group.stats.cross.clone()
+                        matrix.quantized.copy_(roundings[chosen[stream]](matrix.weight))
+            model.release_block(index)
+        return seen
+
+    together, apart = run([0, 1]), {**run([0]), **run([1])}
+    assert together.keys() == apart.keys()
+    for key, cross in apart.items():
+        assert torch.equal(together[key], cross), key
 
 
 def test_statistics_are_those_of_hooks(model: LazyModel) -> None:
@@ -116,7 +148,7 @@ def test_batching_does_not_matter(model: LazyModel) -> None:
 
 
 def test_each_block_runs_once_per_stream(model: LazyModel) -> None:
-    """A block's norms see every token twice in all: once per stream, however many groups of layers it has."""
+    """A block's norms see every token once per stream, however many groups of layers it has."""
     calls: Counter[str] = Counter()
     norm = next(name for name, _ in model.blocks[0].named_modules() if name.endswith("layernorm"))
     original = type(model.blocks[0].get_submodule(norm)).forward
@@ -127,7 +159,9 @@ def test_each_block_runs_once_per_stream(model: LazyModel) -> None:
 
     ids = tokens(model)
     decoder = calibration.Decoder(model.model.get_decoder(), model.blocks)
-    batches = calibration.enter(decoder, model.embedding, None, ids, 2)
+    batches = calibration.enter(decoder, ids, 2)
+    for _ in range(2):
+        calibration.add_stream(decoder, model.embedding, model.embedding.weight, batches)
     kind = type(model.blocks[0].get_submodule(norm))
     norms = sum(
         type(part) is kind and part.weight.numel() == batches[0].x.shape[-1] for part in model.blocks[0].modules()
@@ -135,12 +169,12 @@ def test_each_block_runs_once_per_stream(model: LazyModel) -> None:
     block = model.load_block(0)
     kind.forward = counted  # type: ignore[method-assign]
     try:
-        groups = sum(len(each) for each in calibration.walk(block, 0, "block", batches, lambda _: True, Clock()))
+        groups = sum(len(each) for _, each in calibration.walk(block, 0, "block", batches, lambda _: True, Clock()))
     finally:
         kind.forward = original  # type: ignore[method-assign]
         model.release_block(0)
-    assert groups >= 4
-    assert calls["tokens"] == 2 * norms * ids.numel()
+    assert groups >= 2 * 4
+    assert calls["tokens"] == 3 * norms * ids.numel()  # the float stream and two quantized ones
 
 
 def test_groups_share_inputs(model: LazyModel) -> None:
@@ -181,7 +215,8 @@ def test_the_quantized_stream_starts_from_the_quantized_embedding(tmp_path: Path
     ids = tokens(model)
     table = model.embedding.weight.clone()
     decoder = calibration.Decoder(model.model.get_decoder(), model.blocks)
-    batches = calibration.enter(decoder, model.embedding, coarse(table), ids, 4)
+    batches = calibration.enter(decoder, ids, 4)
+    calibration.add_stream(decoder, model.embedding, coarse(table), batches)
     assert torch.equal(model.embedding.weight, table)
     assert torch.equal(torch.cat([b.x for b in batches]), table[ids])
-    assert torch.equal(torch.cat([b.x_hat for b in batches]), coarse(table)[ids])
+    assert torch.equal(torch.cat([b.x_hat[0] for b in batches]), coarse(table)[ids])

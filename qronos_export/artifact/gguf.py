@@ -8,6 +8,7 @@ once, also through fused or stacked (mixture-of-experts) tensors. There is no na
 from __future__ import annotations
 
 import hashlib
+import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,17 @@ from formats import FORMATS, BlockFormat
 from qronos_export.errors import ArtifactError
 
 _CHUNK = 1 << 22  # weights hashed or read at a time
+
+
+TYPES: dict[int, tuple[str, int, int]] = {  # ggml's number -> name, weights a block, bytes a block
+    **{int(kind): (kind.name, *size) for kind, size in gguf.GGML_QUANT_SIZES.items()},
+    **{
+        fmt.ggml_type: (fmt.name, fmt.block_size, fmt.block_bytes)
+        for fmt in FORMATS.values()
+        if fmt.ggml_type is not None
+    },
+}
+"""Every type a file may hold: upstream's package knows some, we know others."""
 
 
 @dataclass(frozen=True)
@@ -54,11 +66,28 @@ class Target:
 
 
 class _Reader(gguf.GGUFReader):
-    """Upstream's reader without its numpy memmap slice for every string of a vocabulary: 3 to 4 times faster."""
+    """Upstream's reader, without a memory map's slice for every string of a vocabulary, which takes 3 times as long,
+    and with types that upstream's package does not list yet."""
 
     def _get(self, offset: Any, dtype: Any, count: Any = 1, override_order: Any = None) -> Any:
         order = override_order or self.byte_order
         return np.frombuffer(self.data, np.dtype(dtype).newbyteorder(order), int(count), int(offset))
+
+    def _build_tensors(self, start_offs: int, fields: list[gguf.ReaderField]) -> None:
+        self.stored: dict[str, StoredTensor] = {}
+        for field in fields:
+            _, name_data, _, dims, (kind,), (offset,) = field.parts
+            name = bytes(name_data).decode("utf-8")
+            if name in self.stored:
+                raise ValueError(f"there are two tensors {name}")
+            if int(kind) not in TYPES:
+                raise ValueError(f"{name} has the unknown type {kind}")
+            type_name, block_size, block_bytes = TYPES[int(kind)]
+            shape = tuple(int(n) for n in reversed(dims))
+            nbytes = int(np.prod(shape, dtype=np.int64)) // block_size * block_bytes
+            self.stored[name] = StoredTensor(name, type_name, shape, start_offs + int(offset), nbytes)
+            if self.stored[name].offset + nbytes > len(self.data):
+                raise ValueError(f"it ends inside tensor {name}: it is truncated")
 
 
 class GGUFFile:
@@ -70,12 +99,13 @@ class GGUFFile:
             self.reader = _Reader(path)
         except (ValueError, OSError, IndexError, KeyError) as error:
             raise ArtifactError(f"{path} is not a readable GGUF file ({error}).") from error
-        self.tensors = {
-            t.name: StoredTensor(
-                t.name, t.tensor_type.name, tuple(int(n) for n in reversed(t.shape)), int(t.data_offset), int(t.n_bytes)
-            )
-            for t in self.reader.tensors
-        }
+        self.tensors = self.reader.stored
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Stored bits of all tensors divided by their weights."""
+        tensors = self.tensors.values()
+        return 8 * sum(t.nbytes for t in tensors) / sum(t.rows * t.columns for t in tensors)
 
     def bytes(self, name: str, first: int = 0, rows: int | None = None) -> np.ndarray:
         """Raw bytes of `rows` rows from row `first`: uint8 [rows, row_bytes]."""
@@ -206,14 +236,18 @@ class BlockStore:
         """Hash of each row's values in the calibrated model, in file order: int64 [rows]."""
         return self._calibrated[name]
 
+    def discard(self) -> None:
+        """Delete the blocks; the artifact holds them now."""
+        shutil.rmtree(self._folder)
+
     def _path(self, name: str) -> Path:
         return self._folder / f"{hashlib.sha256(name.encode()).hexdigest()[:24]}.blocks"
 
 
-def write_gguf(source: GGUFFile, store: BlockStore, file_type: str, destination: Path) -> None:
+def write_gguf(source: GGUFFile, store: BlockStore, file_type: int, destination: Path) -> None:
     """Write `source` again with the tensors of `store` in their blocks; everything else byte for byte as it is.
 
-    file_type: llama.cpp's name of the mix, e.g. `Q4_0`; it goes into `general.file_type`.
+    file_type: llama.cpp's number of the mix, for `general.file_type`.
     """
     writer = gguf.GGUFWriter(destination, arch="", use_temp_file=False)
     writer.kv_data[0].clear()
@@ -226,11 +260,11 @@ def write_gguf(source: GGUFFile, store: BlockStore, file_type: str, destination:
     writer.kv_data[0].pop(gguf.Keys.General.FILE_TYPE, None)
     writer.kv_data[0].pop(gguf.Keys.General.QUANTIZATION_VERSION, None)
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    writer.add_file_type(gguf.LlamaFileType[file_type_name(file_type)])
+    writer.add_file_type(file_type)
 
     for tensor in source.tensors.values():
         fmt = store.formats.get(tensor.name)
-        kind = gguf.GGMLQuantizationType[tensor.type if fmt is None else fmt.name]
+        kind: Any = _NUMBERS[tensor.type if fmt is None else fmt.name]  # upstream's enum lacks the newest types
         nbytes = tensor.nbytes if fmt is None else tensor.rows * fmt.row_bytes(tensor.columns)
         writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.float32), nbytes, raw_dtype=kind)
     writer.write_header_to_file()
@@ -243,14 +277,12 @@ def write_gguf(source: GGUFFile, store: BlockStore, file_type: str, destination:
     writer.close()
 
 
-def file_type_name(file_type: str) -> str:
-    """gguf's name of llama.cpp's mix: Q4_0 -> MOSTLY_Q4_0, F32 -> ALL_F32."""
-    return "ALL_F32" if file_type == "F32" else f"MOSTLY_{file_type}"
-
-
-def verify_gguf(path: Path, source: GGUFFile, store: BlockStore) -> None:
+def verify_gguf(path: Path, source: GGUFFile, store: BlockStore) -> GGUFFile:
     """Reopen a written file and compare every tensor: calibrated values = our dequantize = gguf-py's dequantize of the
-    file's bytes, and untouched tensors equal the float file's. Raises ArtifactError naming the first difference."""
+    file's bytes, and untouched tensors equal the float file's. Raises ArtifactError naming the first difference.
+
+    Types that gguf-py cannot dequantize (Q1_0, Q2_0) are compared without it.
+    """
     written = GGUFFile(path)
     if list(written.tensors) != list(source.tensors):
         raise ArtifactError(f"{path} does not hold the tensors of {source.path}.")
@@ -265,19 +297,21 @@ def verify_gguf(path: Path, source: GGUFFile, store: BlockStore) -> None:
         for first in range(0, tensor.rows, step):
             part = data[first : first + step]
             ours = fmt.dequantize(torch.from_numpy(part))
-            theirs = gguf.quants.dequantize(_typed(part, fmt), gguf.GGMLQuantizationType[fmt.name])
             if not torch.equal(row_hashes(ours), expected[first : first + step]):
                 raise ArtifactError(f"{path}: {name} is not what was calibrated.")
-            if not np.array_equal(ours.numpy(), theirs):
+            theirs = _upstream(part, fmt)
+            if theirs is not None and not np.array_equal(ours.numpy(), theirs):
                 raise ArtifactError(f"{path}: gguf reads {name} ({fmt.name}) differently than it was calibrated.")
+    return written
 
 
-def _typed(data: np.ndarray, fmt: BlockFormat) -> np.ndarray:
-    """gguf's dequantize wants F32 and F16 as such, everything else as bytes."""
-    return data.view({"F32": np.float32, "F16": np.float16}.get(fmt.name, np.uint8))
+_NUMBERS = {name: number for number, (name, *_) in TYPES.items()}
 
 
-def bits_per_weight(path: Path) -> float:
-    """Stored bits of all tensors divided by their weights."""
-    tensors = GGUFFile(path).tensors.values()
-    return 8 * sum(t.nbytes for t in tensors) / sum(t.rows * t.columns for t in tensors)
+def _upstream(data: np.ndarray, fmt: BlockFormat) -> np.ndarray | None:
+    """gguf-py's dequantize, which wants F32 and F16 as such and everything else as bytes; None for types it lacks."""
+    typed = data.view({"F32": np.float32, "F16": np.float16}.get(fmt.name, np.uint8))
+    try:
+        return gguf.quants.dequantize(typed, gguf.GGMLQuantizationType[fmt.name])
+    except (KeyError, NotImplementedError):
+        return None

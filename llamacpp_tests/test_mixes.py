@@ -1,0 +1,171 @@
+"""Types, mixes and the user's wishes: which tensor becomes what, held against llama-quantize on real tiny models."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from qronos_export import pipeline
+from qronos_export.artifact.gguf import GGUFFile
+from qronos_export.errors import LlamaCppError, PlanError, UsageError
+from qronos_export.llamacpp import LlamaCpp
+from qronos_export.plan import CARRIERS
+from qronos_export.recipe import Recipe
+from qronos_export.report import RunReport
+from tests.families import make
+
+MIXES = (
+    "Q2_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q2_K_S", "Q3_K_S", "Q3_K_M", "Q3_K_L", "Q4_K_S", "Q4_K_M",
+    "Q5_K_S", "Q5_K_M", "Q6_K", "IQ4_NL", "IQ4_XS", "TQ1_0", "TQ2_0", "MXFP4", "NVFP4", "MXFP4_MOE", "Q4_K",
+)  # fmt: skip
+
+MODELS = {
+    "whole": ("llama", {"hidden_size": 256, "num_hidden_layers": 2}),
+    "tied": ("llama", {"hidden_size": 256, "num_hidden_layers": 2, "tie_word_embeddings": True}),
+    "narrow": ("llama", {}),  # rows of 64 and 128: 256 divides none of them
+    "experts": ("mixtral", {"hidden_size": 256}),
+}
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    family, config = MODELS[request.param]
+    return make(family, tmp_path_factory.mktemp(request.param) / "tiny", **config)
+
+
+def run(recipe: Recipe, output: Path, llamacpp: LlamaCpp) -> tuple[RunReport, dict[str, GGUFFile]]:
+    """The report, and each file by its format."""
+    *_, finished = pipeline.run(recipe, output, llamacpp=llamacpp, held=None)
+    assert isinstance(finished, pipeline.Finished)
+    return finished.report, {a.format: GGUFFile(output / a.path) for a in finished.report.artifacts}
+
+
+def types(file: GGUFFile) -> dict[str, str]:
+    return {tensor.name: tensor.type for tensor in file.tensors.values()}
+
+
+def test_every_mix_is_llama_quantizes_to_the_byte(
+    checkpoint: Path, llamacpp: LlamaCpp, english: Path, tmp_path: Path
+) -> None:
+    """Types, sizes, file type and the values that llama.cpp itself reads out of the file."""
+    original = llamacpp.convert(checkpoint, tmp_path / "float.gguf", "f32")
+    report, ours = run(Recipe(str(checkpoint), ",".join(MIXES), method="rtn"), tmp_path / "out", llamacpp)
+    assert list(ours) == list(MIXES)
+    for name, file in ours.items():
+        carrier, _ = CARRIERS.get(name, (name, None))
+        # What upstream has no mix of is asked for tensor by tensor.
+        wanted = {f"^{t}$": kind.lower() for t, kind in types(file).items() if kind == name} if name in CARRIERS else {}
+        imatrix = None
+        if name == "Q2_K_S":  # refused without one; it leaves four keys in the file
+            imatrix = llamacpp.imatrix(original, english, tmp_path / "imatrix.gguf", context=64, chunks=8)
+        theirs = GGUFFile(
+            llamacpp.quantize(original, tmp_path / "theirs.gguf", carrier, tensor_types=wanted, imatrix=imatrix)
+        )
+        assert types(file) == types(theirs), name
+        assert imatrix or file.path.stat().st_size == theirs.path.stat().st_size, name
+        if name not in CARRIERS:
+            key = "general.file_type"
+            assert file.reader.fields[key].contents() == theirs.reader.fields[key].contents(), name
+        read = GGUFFile(llamacpp.quantize(file.path, tmp_path / "read.gguf", "F32", options=["--allow-requantize"]))
+        for tensor in types(file):
+            for stored, said in zip(file.floats(tensor), read.floats(tensor), strict=True):
+                assert torch.equal(stored, said), (name, tensor)
+        substitutes = {s["tensor"]: s["type"] for s in report.substitutes if s["artifact"] == name}
+        assert all(types(file)[tensor] == kind for tensor, kind in substitutes.items())
+
+
+def test_substitutes_are_reported(llamacpp: LlamaCpp, tmp_path: Path) -> None:
+    narrow = make("llama", tmp_path / "narrow")
+    report, _ = run(Recipe(str(narrow), "Q4_K_M,Q4_0", method="rtn"), tmp_path / "out", llamacpp)
+    found = {(s["artifact"], s["wanted"], s["type"]) for s in report.substitutes}
+    assert ("Q4_K_M", "Q4_K", "Q5_0") in found and ("Q4_K_M", "Q6_K", "Q8_0") in found
+    assert not any(s["tensor"] == "blk.0.attn_q.weight" for s in report.substitutes if s["artifact"] == "Q4_0")
+
+
+def test_wishes_go_where_llama_quantize_puts_them(llamacpp: LlamaCpp, tmp_path: Path) -> None:
+    checkpoint = make("llama", tmp_path / "tiny", hidden_size=256, num_hidden_layers=2)
+    original = llamacpp.convert(checkpoint, tmp_path / "float.gguf", "f32")
+    wishes = {"blk.1.attn_?.weight": "Q6_K", "blk.*.attn_q.weight": "Q8_0", "blk.*.ffn_down.weight": "f16"}
+    recipe = Recipe(
+        str(checkpoint), "Q4_K_M,NVFP4", method="rtn", overrides=wishes, output_type="Q8_0", embedding_type="Q5_K"
+    )
+    _, ours = run(recipe, tmp_path / "out", llamacpp)
+    for file in ours.values():
+        chosen = types(file)
+        assert chosen["blk.1.attn_q.weight"] == "Q6_K" and chosen["blk.0.attn_q.weight"] == "Q8_0"
+        assert {chosen[f"blk.{i}.ffn_down.weight"] for i in range(2)} == {"F16"}
+        assert (chosen["output.weight"], chosen["token_embd.weight"]) == ("Q8_0", "Q5_K")
+    assert types(ours["NVFP4"])["blk.0.attn_k.weight"] == "NVFP4"
+    theirs = GGUFFile(
+        llamacpp.quantize(
+            original,
+            tmp_path / "theirs.gguf",
+            "Q4_K_M",
+            tensor_types={
+                r"^blk\.1\.attn_.\.weight$": "q6_k", r"^blk\..*\.attn_q\.weight$": "q8_0", "ffn_down": "f16",
+            },
+            options=["--output-tensor-type", "q8_0", "--token-embedding-type", "q5_k"],
+        )
+    )  # fmt: skip
+    assert types(ours["Q4_K_M"]) == types(theirs)
+    assert ours["Q4_K_M"].path.stat().st_size == theirs.path.stat().st_size
+
+    _, pure = run(Recipe(str(checkpoint), "Q3_K_M", method="rtn", pure=True), tmp_path / "pure", llamacpp)
+    theirs = GGUFFile(llamacpp.quantize(original, tmp_path / "pure.gguf", "Q3_K_M", pure=True))
+    assert types(pure["Q3_K_M"]) == types(theirs)
+
+
+@pytest.mark.parametrize("method", ["qronos", "gptq"])
+def test_formats_of_one_run_are_those_of_runs_alone(
+    llamacpp: LlamaCpp, english: Path, tmp_path: Path, method: str
+) -> None:
+    """The shared float stream changes nothing: same bytes, same errors."""
+    checkpoint = make("llama", tmp_path / "tiny", hidden_size=256, num_hidden_layers=2)
+
+    def once(formats: str, output: str) -> RunReport:
+        recipe = Recipe(
+            str(checkpoint), formats, method=method, calibration=str(english), samples=8, sequence_length=64,
+            device="cpu",
+        )  # fmt: skip
+        report, _ = run(recipe, tmp_path / output, llamacpp)
+        return report
+
+    together = once("Q4_0,Q2_K,IQ4_XS", "together")
+    alone = [once(name, name) for name in ("Q4_0", "Q2_K", "IQ4_XS")]
+    assert [a.sha256 for a in together.artifacts] == [report.artifacts[0].sha256 for report in alone]
+    for report in alone:
+        (artifact,) = report.artifacts
+        mine = [layer for layer in together.layers if layer.artifact == artifact.format]
+        assert [(layer.tensor, layer.error) for layer in mine] == [
+            (layer.tensor, layer.error) for layer in report.layers
+        ]
+        assert {layer.method for layer in mine} == {method, "rtn"}  # the embedding's rows are read one by one
+
+
+@pytest.mark.parametrize(
+    ("more", "error", "message"),
+    [
+        ({"format": "Q4_0,Q4_9"}, UsageError, "no type 'Q4_9'"),
+        ({"overrides": {"*": "IQ2_XXS"}}, UsageError, "there is no type IQ2_XXS"),
+        (
+            {"format": "IQ2_M", "model": "whole"},
+            PlanError,
+            "as IQ.*, which this version cannot write; it has .*Q4_K",
+        ),
+        ({"format": "Q1_0"}, LlamaCppError, "no tensor type fallback is defined for type q1_0"),
+        ({"overrides": {"blk.*.attn_z.weight": "Q8_0"}}, UsageError, "fits no tensor of .*blk.0.ffn_down.weight"),
+        ({"overrides": {"blk.*": "Q9_0"}}, UsageError, "there is no type Q9_0; known are .*Q8_0"),
+        ({"output_type": "Q6_K"}, PlanError, "output.weight cannot be Q6_K: its rows of 64 weights do not divide"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_anything_is_written(
+    llamacpp: LlamaCpp, tmp_path: Path, more: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    family, config = MODELS[more.pop("model", "narrow")]
+    checkpoint = make(family, tmp_path / "tiny", **config)
+    with pytest.raises(error, match=message):
+        run(Recipe(str(checkpoint), method="rtn", **more), tmp_path / "out", llamacpp)
+    assert not (tmp_path / "out").exists()
