@@ -74,7 +74,7 @@ class Codebook:
     def _look_up(self, values: Tensor, table: int) -> Tensor:
         *tables, low, per_unit = _cells(self.levels, values.device)
         cell = (values * per_unit).ceil_().sub_(low).clamp_(0, len(tables[1]) - 1).to(torch.int32)
-        return tables[table].index_select(0, cell.view(-1)).view(values.shape)
+        return tables[table].index_select(0, cell.reshape(-1)).view(values.shape)
 
 
 @cache
@@ -185,6 +185,14 @@ class BlockFormat(ABC):
 
         importance: non-negative, broadcastable to `weights`; None weighs all columns alike.
         """
+
+    def refit(self, grid: Grid, group: int, weights: Tensor, importance: Tensor | None = None) -> Grid:
+        """`grid` of one block with the scale of one `group` chosen anew for `weights` [rows, grid.group].
+
+        What the block's groups share stays, so this is for super-blocks: while a sweep rounds their first groups, the
+        weights of the others move. Never worse than `grid` for these weights.
+        """
+        return grid
 
     @abstractmethod
     def pack(self, codes: Tensor, grid: Grid) -> Tensor:

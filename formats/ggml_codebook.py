@@ -18,7 +18,7 @@ from formats.bits import pack_consecutive, pack_nibbles, unpack_consecutive, unp
 from formats.block import BlockFormat, Codebook, Grid, Integers, blocked, half_bytes, half_from_bytes
 from formats.ggml_basic import OneScale
 from formats.scale_search import grouped
-from formats.super_blocks import fit_scales
+from formats.super_blocks import fit_scales, refit_scale, replaced
 
 _LEVELS = Codebook((-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113))
 _REACH = (-127.0, 127.0, -113.0, 113.0, -98.0, 98.0, -142.0, 142.0)
@@ -50,6 +50,12 @@ class IQ4_XS(BlockFormat):
         ends = (-32.0, 31.0, -31.0, 30.0, -30.0, -29.0)
         d, sc = fit_scales(*groups, _LEVELS, _REACH, _BESIDE, 8, Integers(-32, 31), ends)
         return self._grid(d.view(weights.shape[0], -1), sc.view(weights.shape[0], -1))
+
+    def refit(self, grid: Grid, group: int, weights: Tensor, importance: Tensor | None = None) -> Grid:
+        d, sc = grid.fields
+        x, imp = grouped(weights, importance, 32)
+        fresh = refit_scale(x, imp, _LEVELS, _REACH, _BESIDE, Integers(-32, 31), d[:, 0], sc[:, group])
+        return self._grid(d, replaced(sc, group, fresh))
 
     def _grid(self, d: Tensor, sc: Tensor) -> Grid:
         return Grid(d.repeat_interleave(8, dim=1) * sc, _LEVELS, group=32, fields=(d, sc))

@@ -37,7 +37,7 @@ from torch import Tensor
 from formats.bits import join, pack_nibbles, split, unpack_nibbles
 from formats.block import BlockFormat, Grid, Integers, blocked, half_bytes, half_from_bytes
 from formats.scale_search import grouped
-from formats.super_blocks import fit_scales, fit_scales_and_mins
+from formats.super_blocks import fit_scales, fit_scales_and_mins, refit_scale, refit_scale_and_min, replaced
 
 
 class _Scales(BlockFormat):
@@ -53,6 +53,12 @@ class _Scales(BlockFormat):
         groups = grouped(weights, importance, 16)
         d, sc = fit_scales(*groups, self.levels, self.reach, (0.5, 0.25), 16, self.sub_levels, self.ends)
         return self._grid(d.view(weights.shape[0], -1), sc.view(weights.shape[0], -1))
+
+    def refit(self, grid: Grid, group: int, weights: Tensor, importance: Tensor | None = None) -> Grid:
+        d, sc = grid.fields
+        x, imp = grouped(weights, importance, 16)
+        fresh = refit_scale(x, imp, self.levels, self.reach, (0.5, 0.25), self.sub_levels, d[:, 0], sc[:, group])
+        return self._grid(d, replaced(sc, group, fresh))
 
     def _grid(self, d: Tensor, sc: Tensor) -> Grid:
         return Grid(d.repeat_interleave(16, dim=1) * sc, self.levels, group=16, fields=(d, sc))
@@ -123,6 +129,13 @@ class _ScalesAndMins(BlockFormat):
         groups = grouped(weights, importance, self.sub_block)
         fields = fit_scales_and_mins(*groups, self.levels, self.block_size // self.sub_block, self.sub_levels)
         return self._grid(*(field.view(weights.shape[0], -1) for field in fields))
+
+    def refit(self, grid: Grid, group: int, weights: Tensor, importance: Tensor | None = None) -> Grid:
+        d, dmin, sc, m = grid.fields
+        x, imp = grouped(weights, importance, self.sub_block)
+        old = d[:, 0], dmin[:, 0], sc[:, group], m[:, group]
+        fresh_sc, fresh_m = refit_scale_and_min(x, imp, self.levels.high, self.sub_levels.high, *old)
+        return self._grid(d, dmin, replaced(sc, group, fresh_sc), replaced(m, group, fresh_m))
 
     def _grid(self, d: Tensor, dmin: Tensor, sc: Tensor, m: Tensor) -> Grid:
         subs = self.block_size // self.sub_block

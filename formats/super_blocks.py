@@ -148,3 +148,48 @@ def _least_squares(moments: Moments, d: Tensor, dmin: Tensor, sc: Tensor, m: Ten
     fresh, fresh_min = (p * c - b * q) / determinant, (p * b - a * q) / determinant
     usable = torch.isfinite(fresh) & torch.isfinite(fresh_min) & (fresh > 0) & (fresh_min >= 0)
     return to_half(torch.where(usable, fresh, d)), to_half(torch.where(usable, fresh_min, dmin))
+
+
+def refit_scale(
+    x: Tensor,
+    importance: Tensor,
+    levels: Levels,
+    reach: Sequence[float],
+    beside: Sequence[float],
+    sub_levels: Integers,
+    d: Tensor,
+    sc: Tensor,
+) -> Tensor:
+    """A better sc for groups `x` [size, groups] under a given d, or the old one; all others are [groups]."""
+    wanted = search_scale(x, importance, levels, reach, beside)
+    fresh = sub_levels.snap(wanted * reciprocal(d))
+    (sc,), _ = _better(
+        (sc,),
+        weighted_error(x, importance, d * sc, levels),
+        (fresh,),
+        weighted_error(x, importance, d * fresh, levels),
+    )
+    return sc
+
+
+def refit_scale_and_min(
+    x: Tensor, importance: Tensor, high: int, top: int, d: Tensor, dmin: Tensor, sc: Tensor, m: Tensor
+) -> State:
+    """A better sc, m for groups `x` [size, groups] under given d and dmin, or the old ones; all others are [groups]."""
+    scale, offset = search_affine(x, importance, high, below_zero=True)
+    moments = Moments.of(x, importance, affine_codes(x, scale, offset, high))
+    fresh_sc, fresh_m = _integers(moments, scale, d, dmin, top)
+    best, _ = _better(
+        (sc, m),
+        affine_error(x, importance, d * sc, -dmin * m, high),
+        (fresh_sc, fresh_m),
+        affine_error(x, importance, d * fresh_sc, -dmin * fresh_m, high),
+    )
+    return best
+
+
+def replaced(numbers: Tensor, group: int, fresh: Tensor) -> Tensor:
+    """`numbers` [rows, groups] with column `group` replaced by `fresh` [rows]."""
+    numbers = numbers.clone()
+    numbers[:, group] = fresh
+    return numbers

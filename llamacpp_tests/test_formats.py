@@ -9,9 +9,11 @@ from pathlib import Path
 import libggml
 import pytest
 import torch
+from safetensors import safe_open
 from torch import Tensor
 
 from formats import FORMATS, BlockFormat
+from qronos_export.checkpoint import open_checkpoint
 
 ALL = [fmt for fmt in FORMATS.values() if fmt.ggml_type is not None]
 BLOCKS = [fmt for fmt in ALL if not fmt.is_float]
@@ -127,25 +129,33 @@ def test_libggml_reads_what_we_write(fmt: BlockFormat) -> None:
     assert same_bits(fmt.dequantize(blocks), libggml_dequantize(fmt, blocks))
 
 
+@cache
 def samples(kind: str) -> Tensor:
     torch.manual_seed(3)
     if kind == "gaussian":
-        return torch.randn(256, COLUMNS)
+        return torch.randn(256, COLUMNS) * 0.05
     if kind == "laplace":
-        return torch.distributions.Laplace(0.0, 1.0).sample((256, COLUMNS))
-    return torch.distributions.StudentT(3.0).sample((256, COLUMNS))
+        return torch.distributions.Laplace(0.0, 1.0).sample((256, COLUMNS)) * 0.05
+    if kind == "student":
+        return torch.distributions.StudentT(3.0).sample((256, COLUMNS)) * 0.05
+    with safe_open(open_checkpoint("demo").folder / "model.safetensors", "pt") as file:
+        return file.get_slice("model.layers.10.mlp.down_proj.weight")[:256, :COLUMNS]
+
+
+CLEARLY = {  # the goal of a search that libggml does not make; bounds just above the largest ratio of these eight cases
+    "Q4_0": 0.95, "Q2_K": 0.90, "Q3_K": 0.935, "MXFP4": 0.955, "IQ4_NL": 0.95, "TQ1_0": 0.55, "TQ2_0": 0.55,
+    "NVFP4": 0.87, "Q2_0": 0.41,
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("fmt", BLOCKS, ids=repr)
-@pytest.mark.parametrize("kind", ["gaussian", "laplace", "student"])
+@pytest.mark.parametrize("kind", ["gaussian", "laplace", "student", "real"])
 @pytest.mark.parametrize("weighted", [False, True])
 def test_fit_is_never_worse_than_libggml(fmt: BlockFormat, kind: str, weighted: bool) -> None:
     """The importance-weighted squared error over all rows, with the same importance given to both."""
-    weights = samples(kind) * 0.05
-    importance = torch.rand(COLUMNS) ** 4 + 1e-3 if weighted else None
+    weights = samples(kind)
+    importance = torch.rand(COLUMNS, generator=torch.Generator().manual_seed(4)) ** 4 + 1e-3 if weighted else None
     weighing = torch.ones(COLUMNS) if importance is None else importance
     ours = ((fmt.dequantize(fmt.quantize(weights, importance)) - weights).square() * weighing).sum()
     theirs = ((fmt.dequantize(libggml_quantize(fmt, weights, importance)) - weights).square() * weighing).sum()
-    assert ours <= theirs * (1 + 1e-6)
-    if fmt.name == "Q4_0":
-        assert ours < 0.95 * theirs  # .89 to .94 was measured on these six
+    assert ours <= theirs * CLEARLY.get(fmt.name, 1 + 1e-6)

@@ -89,6 +89,33 @@ def test_signed_scales_beat_conventions() -> None:
     assert float((fmt.dequantize(fmt.quantize(weights)) - weights).square().mean()) < 0.00660
 
 
+@pytest.mark.parametrize("name", ["Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_XS"])
+def test_a_refitted_sub_block_suits_its_weights_better(name: str) -> None:
+    """The others and what the super-block shares stay; the result is as storable as before."""
+    fmt, generator = FORMATS[name], torch.Generator().manual_seed(0)
+    weights, importance = torch.randn(64, 256, generator=generator), torch.rand(256, generator=generator)
+    grid = fmt.fit(weights, importance)
+    size, group = grid.group, 3
+    columns = slice(group * size, (group + 1) * size)
+    moved = weights + 0.3 * torch.randn(64, 256, generator=generator)
+    fresh = fmt.refit(grid, group, moved[:, columns], importance[columns])
+
+    def errors(of: Grid) -> torch.Tensor:
+        return ((of.values(of.nearest(moved)) - moved).square() * importance)[:, columns].sum(1)
+
+    assert bool((errors(fresh) <= errors(grid) * (1 + 1e-6)).all()) and errors(fresh).sum() < 0.97 * errors(grid).sum()
+    others = torch.arange(grid.scale.shape[1]) != group
+    assert torch.equal(fresh.scale[:, others], grid.scale[:, others])
+    codes = fresh.nearest(moved)
+    assert torch.equal(fmt.dequantize(fmt.pack(codes, fresh)), fresh.values(codes))
+
+
+def test_a_format_without_sub_blocks_has_nothing_to_refit() -> None:
+    weights = torch.randn(2, 32)
+    grid = FORMATS["Q4_0"].fit(weights)
+    assert FORMATS["Q4_0"].refit(grid, 0, weights) is grid
+
+
 @pytest.mark.parametrize("fmt", BLOCKS, ids=repr)
 def test_rows_must_divide(fmt: BlockFormat) -> None:
     with pytest.raises(FormatError, match=f"{fmt.block_size + 1} weights do not divide"):

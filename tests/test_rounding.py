@@ -6,14 +6,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from formats import FORMATS, BlockFormat
+from formats import FORMATS, BlockFormat, IntegerGrid
 from qronos_export.rounding import ROUNDERS, Settings, gpfq, gptq, qronos, rtn
 from qronos_export.rounding.least_squares import normal_equations
 from qronos_export.rounding.sweep import sweep
 from qronos_export.statistics import LayerStats
 from tests import naive
 
-Q4, Q8, Q6K = FORMATS["Q4_0"], FORMATS["Q8_0"], FORMATS["Q6_K"]
+Q4, Q8 = FORMATS["Q4_0"], FORMATS["Q8_0"]
+BLOCKS = [
+    *(fmt for fmt in FORMATS.values() if not fmt.is_float),
+    *(IntegerGrid(bits, 64, symmetric=even) for bits in (2, 3, 4, 8) for even in (False, True)),
+]
 
 
 def problem(rows: int = 12, columns: int = 64, tokens: int = 600, drift: float = 0.2, seed: int = 0):
@@ -119,6 +123,17 @@ def test_white_inputs_give_round_to_nearest(name: str, order: str) -> None:
     assert torch.equal(ours.blocks, rtn(weight, stats, Q4, Settings(0.01, 1.0, order)).weight.blocks)
 
 
+@pytest.mark.parametrize("group", [16, 24, 48, 96])
+def test_blocks_of_any_size_are_met_as_a_whole(group: int) -> None:
+    """Also where they do not divide the columns between two lazy updates, and with groups in a row."""
+    weight, stats, *_ = problem(columns=96)
+    fmt = IntegerGrid(4, group)
+    ours = gptq(weight, stats, fmt, Settings(0.01, 1.0, "natural"))
+    codes, grid = fmt.unpack(ours.weight.blocks)
+    assert codes.shape == weight.shape and grid.scale.shape == (len(weight), 96 // group)
+    assert ours.loss.sum() < rtn(weight, stats, fmt, Settings(0.01, 1.0, "natural")).loss.sum()
+
+
 @pytest.mark.parametrize("step", [1, 7, 16, 64])
 def test_lazy_updates_do_not_change_the_result(step: int) -> None:
     weight, stats, *_ = problem()
@@ -126,15 +141,16 @@ def test_lazy_updates_do_not_change_the_result(step: int) -> None:
     assert close(swept(weight, stats, 0.01, grid, step=step), swept(weight, stats, 0.01, grid, step=32).double())
 
 
-def test_bookkeeping_is_the_exact_loss() -> None:
-    """‖X̂(v − q)‖²/n + λ‖v − q‖² = Σ e² / U²."""
-    weight, stats, *_ = problem()
-    for order in ("natural", "descending"):
-        rounded = gptq(weight, stats, Q4, Settings(0.01, 1.0, order))
-        error = (weight - rounded.weight.dequantize()).double()
-        damped = stats.hessian.double() + rounded.damping * torch.eye(64, dtype=torch.float64)
-        exact = ((error @ damped) * error).sum(1)
-        torch.testing.assert_close(rounded.loss.double(), exact, rtol=2e-3, atol=0)
+@pytest.mark.parametrize("order", ["natural", "descending"])
+@pytest.mark.parametrize("fmt", BLOCKS, ids=repr)
+def test_bookkeeping_is_the_exact_loss(fmt: BlockFormat, order: str) -> None:
+    """‖X̂(v − q)‖²/n + λ‖v − q‖² = Σ e² / U², whatever the format makes of a block."""
+    weight, stats, *_ = problem(columns=256, tokens=1000)
+    rounded = gptq(weight, stats, fmt, Settings(0.01, 1.0, order))
+    error = (weight - rounded.weight.dequantize()).double()
+    damped = stats.hessian.double() + rounded.damping * torch.eye(256, dtype=torch.float64)
+    exact = ((error @ damped) * error).sum(1)
+    torch.testing.assert_close(rounded.loss.double(), exact, rtol=2e-3, atol=0)
 
 
 def test_mismatch_is_what_projection_recovers() -> None:
@@ -147,16 +163,19 @@ def test_mismatch_is_what_projection_recovers() -> None:
     assert bool((mismatch > 0).all())
 
 
-def test_order_of_quality() -> None:
+@pytest.mark.parametrize("fmt", BLOCKS, ids=repr)
+def test_order_of_quality(fmt: BlockFormat) -> None:
     """On drifted, correlated inputs the output error falls from rtn to gptq to qronos, in every format."""
     weight, stats, x, x_hat = problem(rows=64, columns=256, tokens=4000)
     wanted = x @ weight.T
-    for fmt in (Q4, Q6K):
-        error = {}
-        for name in ("rtn", "gptq", "qronos"):
-            stored = ROUNDERS[name](weight, stats, fmt, Settings(1e-3, 1.0, "natural")).weight.dequantize()
-            error[name] = float((wanted - x_hat @ stored.T).square().sum())
-        assert error["qronos"] < error["gptq"] < error["rtn"], (fmt, error)
+    error = {}
+    # Errors of two or three levels are so large that passing on all of them overshoots: λ has to hold them back.
+    damping = 0.1 if fmt.bits_per_weight < 2.1 else 1e-3
+    for name, rounder in ROUNDERS.items():
+        stored = rounder(weight, stats, fmt, Settings(damping, 1.0, "natural")).weight.dequantize()
+        error[name] = float((wanted - x_hat @ stored.T).square().sum())
+    assert max(error["qronos"], error["gptq"], error["gpfq"]) < error["rtn"], error
+    assert error["qronos"] < error["gptq"] or fmt.name == "Q1_0", error  # one bit's own error drowns the streams' drift
 
 
 @pytest.mark.parametrize("name", ROUNDERS)
@@ -196,7 +215,7 @@ def test_hopeless_statistics_fall_back_to_nearest_and_say_so() -> None:
 
 
 @pytest.mark.parametrize("name", ROUNDERS)
-@pytest.mark.parametrize("fmt", [Q4, Q8, Q6K])
+@pytest.mark.parametrize("fmt", BLOCKS, ids=repr)
 def test_rounders_are_deterministic_and_storable(name: str, fmt: BlockFormat) -> None:
     weight, stats, *_ = problem(columns=256)
     settings = Settings(0.01, 0.5, "natural")

@@ -10,6 +10,8 @@ runs on the transposed weights, where a column is contiguous in memory and all r
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -37,7 +39,8 @@ def sweep(
     importance:  [columns], weighs the scale search, in storage order.
     order:       storage column of each step; None sweeps left to right.
     grid:        scales chosen beforehand; None fits each block when the sweep reaches it, on the weights as diffused
-                 so far. A block is then met as a whole, so this needs order None.
+                 so far, and what belongs to a group alone once more when it reaches the group. A block is then met as a
+                 whole, so this needs order None.
     anchor:      A [rows, columns]; None stands for V itself.
     first:       [rows], replaces the first column's value when its code is chosen (Qronos' error correction).
 
@@ -52,31 +55,23 @@ def sweep(
     errors = torch.empty_like(work)
     codes: Tensor | None = None
     grids: list[Grid] = []
-    scale = offset = inverse = None
-    base = 0  # the storage column that `scale` begins at
+    current = None if grid is None else _Transposed(grid, 0)
 
-    if grid is not None:
-        scale, inverse = grid.scale.T.contiguous(), reciprocal(grid.scale).T.contiguous()
-        offset = None if grid.offset is None else grid.offset.T.contiguous()
-
-    width = min(step, fmt.block_size) if grid is None else step
+    width = step if grid is not None else math.gcd(step, fmt.block_size)
     for start in range(0, columns, width):
         stop = min(start + width, columns)
         if grid is None and start % fmt.block_size == 0:
             block = slice(start, start + fmt.block_size)
-            fitted = fmt.fit(work[block].T, importance[block])
-            grids.append(fitted)
-            base, scale, inverse = start, fitted.scale.T.contiguous(), reciprocal(fitted.scale).T.contiguous()
-            offset = None if fitted.offset is None else fitted.offset.T.contiguous()
-        current = grid if grid is not None else grids[-1]
-        assert scale is not None and inverse is not None
+            grids.append(fmt.fit(work[block].T, importance[block]))
+            current = _Transposed(grids[-1], start)
+        assert current is not None
         for t in range(start, stop):
-            group = (storage[t] - base) // current.group
-            value = first if first is not None and t == 0 else work[t]
-            code = current.levels.nearest((value if offset is None else value - offset[group]) * inverse[group])
-            stored = current.levels.value(code).mul_(scale[group])
-            if offset is not None:
-                stored += offset[group]
+            group = (storage[t] - current.begin) // current.grid.group
+            if grid is None and t > current.begin and (t - current.begin) % current.grid.group == 0:
+                end = t + current.grid.group
+                grids[-1] = fmt.refit(current.grid, group, work[t:end].T, importance[t:end])
+                current = _Transposed(grids[-1], current.begin)
+            code, stored = current.round(first if first is not None and t == 0 else work[t], group)
             if codes is None:
                 codes = torch.empty(columns, rows, dtype=code.dtype, device=code.device)
             codes[storage[t]] = code
@@ -87,3 +82,20 @@ def sweep(
             work[stop:].addmm_(feedback[start:stop, stop:].T, errors[start:stop], alpha=-1)
     assert codes is not None
     return codes.T, grid if grid is not None else Grid.joined(grids), errors
+
+
+class _Transposed:
+    """A grid whose first column is storage column `begin`, with the scales of all rows side by side in memory."""
+
+    def __init__(self, grid: Grid, begin: int) -> None:
+        self.grid, self.begin = grid, begin
+        self._scale = grid.scale.T.contiguous()
+        self._inverse = reciprocal(self._scale)
+        self._offset = None if grid.offset is None else grid.offset.T.contiguous()
+
+    def round(self, values: Tensor, group: int) -> tuple[Tensor, Tensor]:
+        """Codes and stored values nearest to a column's `values` [rows]."""
+        offset = None if self._offset is None else self._offset[group]
+        code = self.grid.levels.nearest((values if offset is None else values - offset) * self._inverse[group])
+        stored = self.grid.levels.value(code).mul_(self._scale[group])
+        return code, stored if offset is None else stored.add_(offset)
