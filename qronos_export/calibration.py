@@ -24,6 +24,8 @@ from qronos_export.errors import CheckpointError
 from qronos_export.statistics import LayerStats
 from qronos_export.suspended import Block, Routed, Stop, expert_inner, expert_matrices, is_experts
 
+PHASES = ("load", "calibration", "forward", "statistics", "rounding", "write", "validate")
+
 
 @dataclass
 class Matrix:
@@ -54,16 +56,16 @@ class MicroBatch:
 
 @dataclass
 class Clock:
-    """Seconds spent per phase, for the report."""
+    """Seconds spent per phase, for the report; a phase that did not happen took none."""
 
-    seconds: dict[str, float] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
     _since: float = field(default_factory=time.perf_counter)
 
     def lap(self, phase: str | None) -> None:
         """Book the time since the last lap on `phase`; None lets it go."""
         now = time.perf_counter()
         if phase is not None:
-            self.seconds[phase] = self.seconds.get(phase, 0.0) + now - self._since
+            self.seconds[phase] += now - self._since
         self._since = now
 
 
@@ -100,15 +102,24 @@ class Decoder:
             block.forward = stub
         try:
             output = self._decoder(input_ids=tokens, use_cache=False).last_hidden_state
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, AttributeError, TypeError, IndexError) as error:
+            raise CheckpointError(f"{self._unfit()} ({type(error).__name__}: {error}).") from error
         finally:
             for block in self._blocks:
                 del block.forward
         if output.shape[:2] != tokens.shape:
             raise CheckpointError(
-                f"{type(self._decoder).__name__} does not pass plain hidden states from block to block "
-                f"(got shape {tuple(output.shape)} for tokens {tuple(tokens.shape)}); it cannot be calibrated yet."
+                f"{self._unfit()} (got shape {tuple(output.shape)} for tokens {tuple(tokens.shape)})."
             )
         return output
+
+    def _unfit(self) -> str:
+        name = type(self._decoder).__name__
+        return (
+            f"{name} does not pass plain hidden states from block to block; it cannot be calibrated yet, only rtn works"
+        )
 
 
 def enter(decoder: Decoder, tokens: Tensor, batch: int) -> list[MicroBatch]:

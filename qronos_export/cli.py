@@ -100,7 +100,8 @@ def quantize(
     micro_batch: Annotated[int | None, _setting("micro_batch", "Sequences run at a time.")] = None,
     device: Annotated[str | None, _setting("device", "auto, cpu, cuda or cuda:i.")] = None,
     recipe: Annotated[
-        Path | None, typer.Option(help="YAML of all the above; options given here win.", metavar="FILE.yaml")
+        Path | None,
+        typer.Option(help="YAML of all the above, or a report.json; options given here win.", metavar="FILE"),
     ] = None,
     text: TextOption = None,
     context: ContextOption = 512,
@@ -193,7 +194,7 @@ def formats() -> None:
     for fmt in FORMATS.values():
         how = "kept as it is" if fmt.is_float else "rtn, gptq, gpfq, qronos"
         if fmt.ggml_type is None:
-            how = "no GGUF type; for torch and ONNX"
+            how = "no GGUF type; in torch only"
         table.add_row(fmt.name, f"{fmt.bits_per_weight:g}", str(fmt.block_size), str(fmt.block_bytes), how)
     _console().print(table)
 
@@ -299,7 +300,9 @@ def _number(value: float | None, spec: str) -> str:
 def main() -> None:
     """The console entry point: errors of ours become one message and an exit code, others a bug report."""
     debug = "--debug" in sys.argv[1:]
-    if not debug:
+    if debug:  # wherever it stands
+        sys.argv = [sys.argv[0], "--debug", *(argument for argument in sys.argv[1:] if argument != "--debug")]
+    else:
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
         logging.getLogger("transformers").setLevel(logging.ERROR)
     try:

@@ -10,7 +10,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -66,6 +66,12 @@ class Held:
     context: int = 512
     chunks: int | None = 40
 
+    def __post_init__(self) -> None:
+        if self.context < 4 or (self.chunks is not None and self.chunks < 1):
+            raise UsageError(
+                f"Cannot validate on {self.chunks} --chunks of --context {self.context}: one chunk of 4 is the least."
+            )
+
 
 def run(
     recipe: Recipe,
@@ -106,7 +112,7 @@ def run(
 
         result = RunReport(
             model={"name": checkpoint.name, "source": checkpoint.source, "revision": checkpoint.revision},
-            recipe=recipe.to_json(),
+            recipe=replayable(recipe, checkpoint, device).to_json(),
             versions=report.versions(llamacpp.version),
             device=str(device),
         )
@@ -128,9 +134,11 @@ def run(
             rounded = calibrate(model, plan, outputs, tokens.tokens.to(device), recipe, clock)
 
         yield Stage("layers", sum(len(each.mix.quantized) for each in outputs))
+        finished: set[tuple[str, str]] = set()
         for layer in rounded:
             result.layers.append(layer)
-            yield Step(len({(each.artifact, each.tensor) for each in result.layers}), layer)
+            finished.add((layer.artifact, layer.tensor))
+            yield Step(len(finished), layer)
         for each in outputs:
             result.kept += each.kept(source, plan)
             result.substitutes += each.substitutes()
@@ -180,12 +188,18 @@ class Output:
     path: Path
 
     def kept(self, source: gguf.GGUFFile, plan: Plan) -> list[dict[str, str]]:
-        """Tensors of the mix whose rows are no rows of a weight of ours."""
-        why = "its rows are no rows of a weight we calibrate"
+        """Tensors of the mix that were not rounded after all, and why."""
         return [
-            {"artifact": self.mix.name, "tensor": name, "type": source.tensors[name].type, "why": why}
-            for name in plan.unclaimed
-            if name in self.mix.quantized
+            {
+                "artifact": self.mix.name,
+                "tensor": name,
+                "type": source.tensors[name].type,
+                "why": "its rows are no rows of a weight we calibrate"
+                if name in plan.unclaimed
+                else "the model never runs its layer as a linear one",
+            }
+            for name in self.mix.quantized
+            if name not in self.store.formats
         ]
 
     def substitutes(self) -> list[dict[str, str]]:
@@ -193,6 +207,12 @@ class Output:
             {"artifact": self.mix.name, "tensor": name, "wanted": wanted, "type": self.mix.types[name]}
             for name, wanted in self.mix.substitutes.items()
         ]
+
+
+def replayable(recipe: Recipe, checkpoint: Checkpoint, device: torch.device) -> Recipe:
+    """The recipe with what it left open: the device, and the commit that a hub id stood for."""
+    model = recipe.model if checkpoint.revision is None else f"{checkpoint.repository}@{checkpoint.revision}"
+    return replace(recipe, model=model, device=str(device))
 
 
 def choose_types(source: gguf.GGUFFile, name: str, recipe: Recipe, llamacpp: LlamaCpp) -> Mix:
@@ -213,6 +233,8 @@ def choose_types(source: gguf.GGUFFile, name: str, recipe: Recipe, llamacpp: Lla
 
 def prove(file: Path, reference: str, held: Held, *, llamacpp: LlamaCpp) -> Validation:
     """Measure `file` against its float model `reference`: a .gguf as it is, any other MODEL converted first."""
+    if not file.is_file():
+        raise UsageError(f"{file} does not exist; give the quantized .gguf.")
     with tempfile.TemporaryDirectory(prefix="qronos-export-") as scratch:
         folder = Path(scratch)
         text = held_out_file(held, folder)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -73,7 +74,10 @@ RECIPE_FIELDS = tuple(field.name for field in fields(Recipe))
 
 
 def load_recipe(path: Path, **overrides: Any) -> Recipe:
-    """The recipe in a YAML file; `overrides` win. Raises UsageError naming unknown or ill-typed keys."""
+    """The recipe in a YAML file, or the one in a run's report.json; `overrides` win.
+
+    Raises UsageError naming unknown or ill-typed keys.
+    """
     import yaml
 
     try:
@@ -82,6 +86,8 @@ def load_recipe(path: Path, **overrides: Any) -> Recipe:
         raise UsageError(f"{path} cannot be read as a recipe: {error}") from error
     if not isinstance(data, dict):
         raise UsageError(f"{path} is not a recipe: expected `key: value` lines, such as `format: Q4_0`.")
+    if "schema" in data and isinstance(data.get("recipe"), dict):
+        data = data["recipe"]
     return recipe_from({**data, **overrides}, str(path))
 
 
@@ -95,8 +101,9 @@ def recipe_from(data: dict[str, Any], where: str) -> Recipe:
     checked: dict[str, Any] = {}
     for key, value in data.items():
         wanted = str(types[key])
-        if wanted == "float" and isinstance(value, int) and not isinstance(value, bool):
-            value = float(value)
+        if wanted == "float" and not isinstance(value, bool):
+            with contextlib.suppress(ValueError, TypeError):  # to YAML 1e-2 is a string
+                value = float(value)
         if not _fits(value, wanted):
             raise UsageError(f"{where}: {key} is {value!r}; expected {wanted}.")
         checked[key] = value

@@ -12,6 +12,7 @@ from pathlib import Path
 from threading import Thread
 from urllib.parse import unquote, urlsplit
 
+ABSENT = "v9"  # a revision no repository has
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
@@ -29,6 +30,8 @@ def hub(repositories: dict[str, Path], gated: tuple[str, ...] = ()) -> Iterator[
                 self._answer(403, b"{}", {"X-Error-Code": "GatedRepo", "X-Error-Message": "Access is restricted."})
             elif repository not in repositories:
                 self._answer(404, b"{}", {"X-Error-Code": "RepoNotFound", "X-Error-Message": "Repository not found"})
+            elif f"/revision/{ABSENT}" in path:
+                self._answer(404, b"{}", {"X-Error-Code": "RevisionNotFound", "X-Error-Message": "Invalid rev id"})
             elif path.startswith(f"api/models/{repository}/tree/"):
                 self._json([_entry(file) for file in sorted(repositories[repository].iterdir())])
             elif path.startswith("api/models/"):

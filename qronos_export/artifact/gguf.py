@@ -139,6 +139,20 @@ def row_hashes(weights: Tensor) -> Tensor:
     return torch.cat(hashes)
 
 
+def _places(keys: Tensor, wanted: Tensor) -> Tensor | None:
+    """For each of `wanted` an entry of the sorted `keys` that equals it, no entry twice; None where that cannot be."""
+    ordered, permutation = wanted.sort(stable=True)
+    if len(keys) < len(wanted):
+        return None
+    first, last = torch.searchsorted(keys, ordered), torch.searchsorted(keys, ordered, right=True)
+    # The first of equal numbers takes the first of its entries, the second the second.
+    nth = torch.arange(len(ordered)) - torch.searchsorted(ordered, ordered)
+    place = first + nth
+    if not bool((place < last).all()):
+        return None
+    return torch.empty_like(place).scatter_(0, permutation, place)
+
+
 class RowIndex:
     """Finds, for weights of ours, the tensors of a float GGUF file that hold their rows, and in which order."""
 
@@ -166,11 +180,19 @@ class RowIndex:
         row = torch.cat([torch.arange(len(h)) for h in hashes.values()])
         keys, permutation = keys.sort(stable=True)
         owner, row = owner[permutation], row[permutation]
-        taken = torch.zeros(len(keys), dtype=torch.bool)
+        alone = torch.ones_like(keys, dtype=torch.bool)
+        alone[1:] &= keys[1:] != keys[:-1]
+        alone[:-1] &= keys[1:] != keys[:-1]
+        free = torch.ones_like(alone)
         targets: list[Target] = []
         for tensor, wanted in list(self._hashes.items()):
-            place = torch.searchsorted(keys, wanted).clamp_(max=len(keys) - 1)
-            if not torch.equal(keys[place], wanted) or bool(taken[place].any()):
+            # Rows that exist once tell whose tensor this is; of rows that exist several times its own go first.
+            owners = owner[alone & torch.isin(keys, wanted)].unique()
+            place = None
+            for entries in ((free & torch.isin(owner, owners)).nonzero()[:, 0], free.nonzero()[:, 0]):
+                if place is None and (found_at := _places(keys[entries], wanted)) is not None:
+                    place = entries[found_at]
+            if place is None:
                 continue
             found = [
                 Target(tensor, names[index], row[place[mine]], mine.nonzero()[:, 0])
@@ -179,7 +201,7 @@ class RowIndex:
             ]
             self._verify(tensor, found, weights)
             targets += found
-            taken[place] = True
+            free[place] = False
             del self._hashes[tensor]
         return targets
 

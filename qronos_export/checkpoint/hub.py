@@ -5,7 +5,7 @@ from pathlib import Path
 
 from qronos_export.errors import CheckpointError
 
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+HUB_ID = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@([\w./-]+))?")  # owner/name@revision
 WANTED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 
 
@@ -13,16 +13,29 @@ def looks_like_id(model: str) -> bool:
     return HUB_ID.fullmatch(model) is not None
 
 
-def download(repository: str) -> tuple[Path, str]:
+def split(model: str) -> tuple[str, str | None]:
+    """Repository and revision (branch, tag or commit; None is the default branch) of `owner/name[@revision]`."""
+    found = HUB_ID.fullmatch(model)
+    assert found is not None
+    return found[1], found[2]
+
+
+def download(repository: str, revision: str | None = None) -> tuple[Path, str]:
     """The snapshot's folder in the hub's own cache and its commit; a cached snapshot serves when the hub is away.
 
     Raises CheckpointError where the repository is unknown, gated, or neither reachable nor cached.
     """
     from huggingface_hub import constants, snapshot_download
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
 
     try:
-        folder = Path(snapshot_download(repository, allow_patterns=WANTED))
+        folder = Path(snapshot_download(repository, revision=revision, allow_patterns=WANTED))
     except GatedRepoError as error:
         raise CheckpointError(
             f"{repository} is gated: accept its terms at {constants.ENDPOINT}/{repository}, "
@@ -33,6 +46,8 @@ def download(repository: str) -> tuple[Path, str]:
             f"{repository} is neither a folder here nor a model on {constants.ENDPOINT}. Check the spelling; "
             f"if it is private, run `hf auth login`."
         ) from error
+    except RevisionNotFoundError as error:
+        raise CheckpointError(f"{repository} has no revision {revision}; give a branch, a tag or a commit.") from error
     except LocalEntryNotFoundError as error:
         raise CheckpointError(
             f"{repository} is not in the cache and {constants.ENDPOINT} cannot be reached. "

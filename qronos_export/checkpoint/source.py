@@ -37,14 +37,16 @@ class Checkpoint:
     """Checkpoint key -> where it lies."""
     float_gguf: Path | None = None
     """The file itself, where the user gave a float GGUF."""
+    repository: str | None = None
+    """owner/name, where the user gave a hub id."""
     revision: str | None = None
-    """The commit, where the user gave a hub id."""
+    """Its commit."""
     trust_remote_code: bool = False
     """The caller vouches for Python code that lies in `folder`."""
 
 
 def open_checkpoint(model: str, *, trust_remote_code: bool = False) -> Checkpoint:
-    """The checkpoint that `model` names: a folder, a float .gguf, `demo`, or a hub id `owner/name`, in this order.
+    """The checkpoint `model` names: a folder, a float .gguf, `demo`, or a hub id `owner/name[@revision]`, so ordered.
 
     Raises CheckpointError where it is absent, damaged, pickled, already quantized or of an unknown architecture.
     """
@@ -57,9 +59,11 @@ def open_checkpoint(model: str, *, trust_remote_code: bool = False) -> Checkpoin
     if model == "demo":
         return _open_folder(demo.folder(), demo.NAME, model)
     if hub.looks_like_id(model) and not path.exists():
-        folder, revision = hub.download(model)
-        name = model.rpartition("/")[2]
-        return _open_folder(folder, name, model, revision=revision, trust_remote_code=trust_remote_code)
+        repository, wanted = hub.split(model)
+        folder, revision = hub.download(repository, wanted)
+        name = repository.rpartition("/")[2]
+        origin: dict[str, Any] = {"repository": repository, "revision": revision}
+        return _open_folder(folder, name, model, **origin, trust_remote_code=trust_remote_code)
     what = "is a file of another kind" if path.exists() else "does not exist"
     raise CheckpointError(
         f"{model} {what}; MODEL is a folder with config.json and *.safetensors, a float .gguf, "
