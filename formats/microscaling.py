@@ -2,6 +2,7 @@
 
     MXFP4   E8M0 e | 16 × (low nibble: w[0:16], high nibble: w[16:32]), E2M1             w = 2^(e−127)·E2M1
     NVFP4   4 × UE4M3 s, one for 16 weights | 4 × 8 × (low: w[0:8], high: w[8:16]), E2M1  w = s·E2M1
+            and one float32 for the whole tensor beside it, where its weights are too small or too large for UE4M3
     MXFP8_E4M3, MXFP8_E5M2   E8M0 e | 32 × the float                                     w = 2^(e−127)·float
     MXFP6_E2M3, MXFP6_E3M2   E8M0 e | 32 × 6 bits, a little-endian stream                w = 2^(e−127)·float
     MXINT8  E8M0 e | 32 × int8 q                                                         w = 2^(e−127)·q/64
@@ -13,6 +14,7 @@ specification fixes elements and scale, not where the bytes are: scale first, as
 
 from __future__ import annotations
 
+import math
 from functools import cache
 from typing import final
 
@@ -183,6 +185,19 @@ class NVFP4(BlockFormat):
         scales, data = blocked(blocks, self.block_bytes).split((4, 32), dim=2)
         codes = unpack_nibbles(data, 16).view(blocks.shape[0], -1)
         return codes, self._grid(scales.reshape(blocks.shape[0], -1))
+
+
+def nvfp4_tensor_scale(weights: Tensor) -> float:
+    """A power of two to divide `weights` [rows, columns] by before they become NVFP4; 1 where they suit it as they are.
+
+    UE4M3 has three bits of mantissa from 2⁻⁶ to 448; below, fewer and fewer. Where more than one block in a hundred
+    wants such a scale, or any one beyond, the largest is moved two powers below the end: feedback makes weights grow.
+    """
+    wanted = weights.abs().reshape(-1, 16).amax(1) / 6
+    wanted = wanted[wanted > 0]
+    if not len(wanted) or (float((wanted < 2**-6).float().mean()) <= 0.01 and float(wanted.max()) <= 448 / 4):
+        return 1.0
+    return 2.0 ** math.ceil(math.log2(float(wanted.max()) / (448 / 4)))
 
 
 @cache

@@ -67,7 +67,7 @@ class Export:
 
     @property
     def quantized(self) -> list[str]:
-        return [name for name, tensor in self.ours.tensors.items() if tensor.type != self.float.tensors[name].type]
+        return [name for name, tensor in self.float.tensors.items() if tensor.type != self.ours.tensors[name].type]
 
 
 @dataclass(frozen=True)
@@ -211,17 +211,18 @@ def measured(
 ) -> Callable[[str], Measured]:
     @functools.cache
     def measure(name: str) -> Measured:
-        export, folder = exports(name), tmp_path_factory.mktemp(f"{name}-measured")
-        text = folder / "held.txt"
-        text.write_text(english.read_text(encoding="utf-8")[:4000], encoding="utf-8")
-        widened = llamacpp.quantize(export.ours.path, folder / "widened.gguf", "F32", options=["--allow-requantize"])
-        exact = llamacpp.perplexity(
-            widened, text, context=CONTEXT, chunks=CHUNKS, logits=folder / "scores", options=EXACT
-        )
-        file = llamacpp.perplexity(export.ours.path, text, context=CONTEXT, chunks=CHUNKS)
-        return Measured(read_scores(folder / "scores"), exact, file)
+        return measure_file(exports(name).ours.path, llamacpp, english, tmp_path_factory.mktemp(f"{name}-measured"))
 
     return measure
+
+
+def measure_file(ours: Path, llamacpp: LlamaCpp, english: Path, folder: Path) -> Measured:
+    text = folder / "held.txt"
+    text.write_text(english.read_text(encoding="utf-8")[:4000], encoding="utf-8")
+    widened = llamacpp.quantize(ours, folder / "widened.gguf", "F32", options=["--allow-requantize"])
+    exact = llamacpp.perplexity(widened, text, context=CONTEXT, chunks=CHUNKS, logits=folder / "scores", options=EXACT)
+    file = llamacpp.perplexity(ours, text, context=CONTEXT, chunks=CHUNKS)
+    return Measured(read_scores(folder / "scores"), exact, file)
 
 
 def file_targets(export: Export, model: PreTrainedModel) -> list[Target]:
@@ -239,6 +240,10 @@ def put_back(export: Export, model: PreTrainedModel, targets: list[Target]) -> N
     for target in targets:
         stored = export.ours.tensors[target.tensor]
         values = FORMATS[stored.type].dequantize(torch.from_numpy(export.ours.bytes(target.tensor)))
+        if (beside := target.tensor.replace(".weight", ".scale")) in export.ours.tensors:
+            values *= torch.cat(list(export.ours.floats(beside))).flatten()[stored.expert(torch.arange(stored.rows))][
+                :, None
+            ]
         places[target.source][target.rows] = values[target.file_rows]
 
 
@@ -289,6 +294,26 @@ def test_the_comparison_has_teeth(exports: Exports, measured: Callable[[str], Me
     targets[place] = replace(targets[place], rows=rows)
     put_back(export, model, targets)
     assert largest_difference(export, model, run.scores) > 0.01
+
+
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+def test_llamacpp_multiplies_with_the_scales_beside_nvfp4(
+    family: str, llamacpp: LlamaCpp, english: Path, tmp_path: Path
+) -> None:
+    checkpoint = make(family, tmp_path / "tiny", hidden_size=256, intermediate_size=256)
+    original = tmp_path / "float.gguf"
+    recipe = Recipe(
+        str(checkpoint), "NVFP4", calibration=str(english), samples=8, sequence_length=64, device="cpu"
+    )  # fmt: skip
+    report, file = run(recipe, tmp_path / "ours", Keeping(**vars(llamacpp), kept=original))
+    ours = GGUFFile(file)
+    export = Export(Case(family), checkpoint, recipe, report, ours, GGUFFile(original), ours)
+    scales = [ours.tensors[name].shape for name in ours.tensors if name.endswith(".scale")]
+    assert scales and ((4,) in scales) == (family == "mixtral")
+    run_of_file = measure_file(file, llamacpp, english, tmp_path)
+    model = load_whole(open_checkpoint(str(checkpoint)))
+    put_back(export, model, file_targets(export, model))
+    assert largest_difference(export, model, run_of_file.scores) < 3e-4
 
 
 # ---- recipes, experts, float files

@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from formats import FORMATS, BlockFormat
+from formats import FORMATS, BlockFormat, nvfp4_tensor_scale
 from qronos_export.calibration import Group, Matrix
 from qronos_export.plan import Mix, Plan
 from qronos_export.report import LayerReport
 from qronos_export.rounding import Rounder, Settings, rtn
 
 if TYPE_CHECKING:
-    from qronos_export.artifact.gguf import BlockStore, Target
+    from qronos_export.artifact.gguf import BlockStore, StoredTensor, Target
     from qronos_export.statistics import LayerStats
 
 # A Hessian of fewer tokens than this share of its width says little; such experts are rounded to nearest.
@@ -59,6 +59,9 @@ def _round_rows(
     parts = [matrix.weight[target.rows.to(device)].to(torch.float32) for matrix, target in jobs]
     weight = parts[0] if len(parts) == 1 else torch.cat(parts)
     del parts
+    scales = torch.cat([_tensor_scales(plan.tensor(target), target, matrix.weight, fmt) for matrix, target in jobs])
+    scales = scales.to(device)[:, None]
+    weight = weight / scales
     rounder, note = _fallback(stats, rtn if fmt.is_float else rounder)
     rounded = rounder(weight, stats, fmt, settings)
     power = torch.linalg.vecdot(weight @ stats.hessian if stats.tokens else weight, weight)
@@ -68,8 +71,9 @@ def _round_rows(
     start = 0
     for matrix, target in jobs:
         rows = slice(start, start := start + len(target.rows))
-        store.put(plan.tensor(target), fmt, target.file_rows, rounded.weight.blocks[rows], values[rows])
-        matrix.quantized[target.rows.to(device)] = values[rows].to(matrix.quantized.dtype)
+        blocks = rounded.weight.blocks[rows]
+        store.put(plan.tensor(target), fmt, target.file_rows, blocks, values[rows], scales[rows, 0])
+        matrix.quantized[target.rows.to(device)] = (values[rows] * scales[rows]).to(matrix.quantized.dtype)
         yield LayerReport(
             artifact=mix.name,
             name=matrix.name,
@@ -83,6 +87,20 @@ def _round_rows(
             seconds=seconds * len(target.rows),
             note="; ".join(filter(None, [note, rounded.note])),
         )
+
+
+def _tensor_scales(tensor: StoredTensor, target: Target, weight: torch.Tensor, fmt: BlockFormat) -> torch.Tensor:
+    """What llama.cpp multiplies the outputs of each row by: float32 [rows of `target`], one value a tensor or expert.
+
+    Only NVFP4 has such scales, and only in the blocks; powers of two, so that dividing by them is exact.
+    """
+    scales = torch.ones(len(target.rows))
+    if fmt.name == "NVFP4" and tensor.name.startswith("blk."):
+        expert = tensor.expert(target.file_rows)
+        for each in expert.unique():
+            mine = expert == each
+            scales[mine] = nvfp4_tensor_scale(weight[target.rows[mine].to(weight.device)].to(torch.float32))
+    return scales
 
 
 def _share(part: torch.Tensor | None, whole: torch.Tensor, rows: slice) -> float | None:

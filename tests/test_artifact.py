@@ -72,7 +72,7 @@ def test_every_type_can_be_written_and_read_back(name: str, tmp_path: Path) -> N
     source = write(tmp_path / "f.gguf", {"w": weight, "norm": torch.ones(8)})
     fmt, store = FORMATS[name], BlockStore(tmp_path / "blocks")
     blocks = fmt.quantize(weight)
-    store.put(source.tensors["w"], fmt, torch.arange(8), blocks, fmt.dequantize(blocks))
+    store.put(source.tensors["w"], fmt, torch.arange(8), blocks, fmt.dequantize(blocks), torch.ones(8))
     write_gguf(source, store, 7, tmp_path / "out.gguf")
     written = verify_gguf(tmp_path / "out.gguf", source, store)
     assert written.tensors["w"].type == name and written.reader.fields["general.file_type"].contents() == 7
@@ -82,6 +82,23 @@ def test_every_type_can_be_written_and_read_back(name: str, tmp_path: Path) -> N
     (tmp_path / "out.gguf").write_bytes(damaged)
     with pytest.raises(ArtifactError, match="w is not what was calibrated"):
         verify_gguf(tmp_path / "out.gguf", source, store)
+
+
+def test_scales_lie_beside_their_tensor(tmp_path: Path) -> None:
+    experts = torch.randn(3, 4, 64)
+    source = write(tmp_path / "f.gguf", {"blk.0.up_exps.weight": experts})
+    (tensor,), fmt, store = source.tensors.values(), FORMATS["NVFP4"], BlockStore(tmp_path / "blocks")
+    blocks = fmt.quantize(experts.view(12, 64))
+    for expert, scale in enumerate((1.0, 0.25, 8.0)):
+        rows = torch.arange(4 * expert, 4 * expert + 4)
+        values = fmt.dequantize(blocks[rows])
+        store.put(tensor, fmt, rows, blocks[rows], values, torch.full((4,), scale))
+    write_gguf(source, store, 7, tmp_path / "out.gguf")
+    written = verify_gguf(tmp_path / "out.gguf", source, store)
+    assert written.tensors["blk.0.up_exps.scale"].shape == (3,)
+    assert torch.cat(list(written.floats("blk.0.up_exps.scale"))).flatten().tolist() == [1.0, 0.25, 8.0]
+    with pytest.raises(ArtifactError, match="different scales"):
+        store.put(tensor, fmt, rows, blocks[rows], values, torch.ones(4))
 
 
 @pytest.mark.parametrize("kept", [10, 60, 150, 400, 4000])

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from formats import FORMATS, BlockFormat, FormatError, Grid, IntegerGrid
+from formats import FORMATS, BlockFormat, FormatError, Grid, IntegerGrid, nvfp4_tensor_scale
 
 INTEGERS = [IntegerGrid(bits, group, symmetric=even) for bits in (2, 3, 4, 8) for group in (32, 256) for even in (0, 1)]
 BLOCKS = [*(fmt for fmt in FORMATS.values() if not fmt.is_float), *INTEGERS]
@@ -80,6 +82,15 @@ def test_importance_moves_the_error(fmt: BlockFormat) -> None:
     )
     # Scales that are powers of two of eight-bit floats hardly leave a choice.
     assert weighted <= plain if fmt.name.startswith("MXFP8") else weighted < plain
+
+
+@pytest.mark.parametrize("size", [1e-6, 3e-3, 0.02, 1.0, 700.0, 1e9])
+def test_nvfp4_with_a_tensor_scale_is_as_good_at_any_size(size: float) -> None:
+    weights = torch.randn(64, 256, generator=torch.Generator().manual_seed(0))
+    fmt, scale = FORMATS["NVFP4"], nvfp4_tensor_scale(weights * size)
+    assert scale == 1.0 if size == 1.0 else scale > 0 and math.log2(scale).is_integer()
+    stored = fmt.dequantize(fmt.quantize(weights * size / scale)) * scale / size
+    assert float((stored - weights).square().mean()) < 0.0072  # .0068 where UE4M3 fits best
 
 
 def test_signed_scales_beat_conventions() -> None:

@@ -54,6 +54,15 @@ class StoredTensor:
     def rows(self) -> int:
         return int(np.prod(self.shape[:-1], dtype=np.int64)) if len(self.shape) > 1 else 1
 
+    @property
+    def experts(self) -> int:
+        """Matrices stacked in the tensor."""
+        return self.shape[0] if len(self.shape) > 2 else 1
+
+    def expert(self, rows: Tensor) -> Tensor:
+        """Which of the stacked matrices each of `rows` lies in."""
+        return rows // (self.rows // self.experts)
+
 
 @dataclass(frozen=True)
 class Target:
@@ -225,18 +234,23 @@ class BlockStore:
         self._folder = folder
         folder.mkdir(parents=True, exist_ok=True)
         self.formats: dict[str, BlockFormat] = {}
+        self._scales: dict[str, Tensor] = {}
         self._calibrated: dict[str, Tensor] = {}
         self._missing: dict[str, int] = {}
 
-    def put(self, tensor: StoredTensor, fmt: BlockFormat, file_rows: Tensor, blocks: Tensor, values: Tensor) -> None:
-        """Store `blocks` uint8 [n, row_bytes] at `file_rows` [n]; `values` float32 [n, columns] are what they stand for
-        in the calibrated model."""
+    def put(
+        self, tensor: StoredTensor, fmt: BlockFormat, file_rows: Tensor, blocks: Tensor, values: Tensor, scales: Tensor
+    ) -> None:
+        """Store `blocks` uint8 [n, row_bytes] at `file_rows` [n]. In the calibrated model they stand for `values`
+        float32 [n, columns], times `scales` [n], which are the same for all rows of a tensor or of an expert in it."""
         name = tensor.name
         fresh = name not in self.formats
         if fresh:
             self.formats[name] = fmt
             self._calibrated[name] = torch.zeros(tensor.rows, dtype=torch.int64)
             self._missing[name] = tensor.rows
+            self._scales[name] = torch.full((tensor.experts,), torch.nan)
+        self._set_scales(name, tensor.expert(file_rows), scales.cpu())
         data = np.memmap(
             self._path(name),
             dtype=np.uint8,
@@ -257,6 +271,21 @@ class BlockStore:
     def calibrated(self, name: str) -> Tensor:
         """Hash of each row's values in the calibrated model, in file order: int64 [rows]."""
         return self._calibrated[name]
+
+    def _set_scales(self, name: str, expert: Tensor, scales: Tensor) -> None:
+        known = self._scales[name][expert]
+        if not bool(((known == scales) | known.isnan()).all()):
+            raise ArtifactError(f"rows of one matrix of {name} were given different scales.")
+        self._scales[name][expert] = scales
+
+    @property
+    def scales(self) -> dict[str, np.ndarray]:
+        """Scales that tensors need beside their blocks, by the name llama.cpp looks for: float32 [experts]."""
+        return {
+            f"{name.removesuffix('.weight')}.scale": scales.numpy()
+            for name, scales in self._scales.items()
+            if bool((scales != 1).any())
+        }
 
     def discard(self) -> None:
         """Delete the blocks; the artifact holds them now."""
@@ -289,6 +318,8 @@ def write_gguf(source: GGUFFile, store: BlockStore, file_type: int, destination:
         kind: Any = _NUMBERS[tensor.type if fmt is None else fmt.name]  # upstream's enum lacks the newest types
         nbytes = tensor.nbytes if fmt is None else tensor.rows * fmt.row_bytes(tensor.columns)
         writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.float32), nbytes, raw_dtype=kind)
+    for name, scales in store.scales.items():
+        writer.add_tensor_info(name, scales.shape, scales.dtype, scales.nbytes)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
@@ -296,6 +327,8 @@ def write_gguf(source: GGUFFile, store: BlockStore, file_type: int, destination:
         writer.write_tensor_data(
             store.blocks(tensor.name) if tensor.name in store.formats else source.bytes(tensor.name)
         )
+    for scales in store.scales.values():
+        writer.write_tensor_data(scales)
     writer.close()
 
 
@@ -306,10 +339,13 @@ def verify_gguf(path: Path, source: GGUFFile, store: BlockStore) -> GGUFFile:
     Types that gguf-py cannot dequantize (Q1_0, Q2_0) are compared without it.
     """
     written = GGUFFile(path)
-    if list(written.tensors) != list(source.tensors):
+    if list(written.tensors) != [*source.tensors, *store.scales]:
         raise ArtifactError(f"{path} does not hold the tensors of {source.path}.")
-    for name, tensor in written.tensors.items():
-        data = written.bytes(name)
+    for name, scales in store.scales.items():
+        if not np.array_equal(written.bytes(name).view(np.float32)[0], scales):
+            raise ArtifactError(f"{path}: {name} is not what was calibrated.")
+    for name in source.tensors:
+        tensor, data = written.tensors[name], written.bytes(name)
         if name not in store.formats:
             if not np.array_equal(data, source.bytes(name)):
                 raise ArtifactError(f"{path}: {name} changed though it was not quantized.")
