@@ -76,6 +76,29 @@ def test_qronos_is_the_papers_algorithm() -> None:
     assert close(ours, expected)
 
 
+@pytest.mark.parametrize("shrinkage", [0.0, 0.4, 1.0])
+def test_qronos_in_descending_order_is_the_papers_algorithm_on_reordered_columns(shrinkage: float) -> None:
+    """The rounder itself: order, shrinkage, the first code, scattering back. Scales are chosen beforehand here."""
+    weight, stats, *_ = problem()
+    normal = normal_equations(stats, 0.01, "descending")
+    order = normal.order
+    assert order is not None and not torch.equal(order, torch.arange(64))
+    target, _ = normal.project(weight, shrinkage)
+    grid = Q4.fit(target, stats.hessian.diagonal())
+
+    def nearest(values: Tensor, j: int) -> Tensor:
+        padded = torch.zeros_like(weight)
+        padded[:, order[j]] = values.to(torch.float32)
+        return grid.values(grid.nearest(padded))[:, order[j]].to(torch.float64)
+
+    hessian = stats.hessian.double()
+    cross = hessian + shrinkage * (stats.cross.double() - hessian)
+    permuted = [matrix[order][:, order] for matrix in (hessian, cross)]
+    expected = naive.qronos(weight.double()[:, order], *permuted, normal.damping, nearest)
+    ours = qronos(weight, stats, Q4, Settings(0.01, shrinkage, "descending")).weight.dequantize()
+    assert close(ours[:, order], expected)
+
+
 def test_gpfq_is_its_formula() -> None:
     weight, stats, *_ = problem()
     grid = Q4.fit(weight, stats.hessian.diagonal())
