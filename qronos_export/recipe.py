@@ -39,7 +39,7 @@ class Recipe:
     embedding_type: str | None = None
     pure: bool = False
     method: str = "qronos"
-    damping: float = 1e-2
+    damping: float = 3e-2
     shrinkage: float = 0.5
     order: str = "natural"
     calibration: str = "self"
