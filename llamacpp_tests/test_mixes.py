@@ -10,7 +10,7 @@ import torch
 
 from qronos_export import pipeline
 from qronos_export.artifact.gguf import GGUFFile
-from qronos_export.errors import LlamaCppError, PlanError, UsageError
+from qronos_export.errors import PlanError, UsageError
 from qronos_export.llamacpp import LlamaCpp
 from qronos_export.plan import CARRIERS
 from qronos_export.recipe import Recipe
@@ -23,7 +23,7 @@ MIXES = (
 )  # fmt: skip
 
 MODELS = {
-    "whole": ("llama", {"hidden_size": 256, "num_hidden_layers": 2}),
+    "whole": ("llama", {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2}),
     "tied": ("llama", {"hidden_size": 256, "num_hidden_layers": 2, "tie_word_embeddings": True}),
     "narrow": ("llama", {}),  # rows of 64 and 128: 256 divides none of them
     "experts": ("mixtral", {"hidden_size": 256}),
@@ -77,6 +77,19 @@ def test_every_mix_is_llama_quantizes_to_the_byte(
                 assert torch.equal(stored, said), (name, tensor)
         substitutes = {s["tensor"]: s["type"] for s in report.substitutes if s["artifact"] == name}
         assert all(types(file)[tensor] == kind for tensor, kind in substitutes.items())
+
+
+def test_llamacpp_runs_every_type(llamacpp: LlamaCpp, english: Path, tmp_path: Path) -> None:
+    """On its kernels for the type, which round activations, nearly the perplexity of the same values in float32."""
+    family, config = MODELS["whole"]
+    checkpoint = make(family, tmp_path / "tiny", **config)
+    mixes = ["Q1_0", "Q2_0", "Q2_K", "Q3_K_M", "Q4_K_M", "Q5_K_M", "Q6_K", "IQ4_NL", "IQ4_XS", "TQ1_0", "TQ2_0"]
+    mixes += ["MXFP4", "NVFP4", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"]
+    _, ours = run(Recipe(str(checkpoint), ",".join(mixes), method="rtn"), tmp_path / "out", llamacpp)
+    for name, file in ours.items():
+        read = llamacpp.quantize(file.path, tmp_path / "read.gguf", "F32", options=["--allow-requantize"])
+        found, expected = (llamacpp.perplexity(each, english, context=64, chunks=4) for each in (file.path, read))
+        assert found.value == pytest.approx(expected.value, rel=0.05), name
 
 
 def test_substitutes_are_reported(llamacpp: LlamaCpp, tmp_path: Path) -> None:
@@ -157,7 +170,7 @@ def test_formats_of_one_run_are_those_of_runs_alone(
             PlanError,
             "as IQ.*, which this version cannot write; it has .*Q4_K",
         ),
-        ({"format": "Q1_0"}, LlamaCppError, "no tensor type fallback is defined for type q1_0"),
+        ({"format": "Q1_0"}, PlanError, "cannot be Q1_0: its rows of 64 weights .* no substitute for this type"),
         ({"overrides": {"blk.*.attn_z.weight": "Q8_0"}}, UsageError, "fits no tensor of .*blk.0.ffn_down.weight"),
         ({"overrides": {"blk.*": "Q9_0"}}, UsageError, "there is no type Q9_0; known are .*Q8_0"),
         ({"output_type": "Q6_K"}, PlanError, "output.weight cannot be Q6_K: its rows of 64 weights do not divide"),

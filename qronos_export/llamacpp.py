@@ -118,9 +118,15 @@ class LlamaCpp:
         pure: bool = False,
         options: Sequence[str] = (),
     ) -> log.PlannedTypes:
-        """The types that `quantize` with the same arguments would write, without writing."""
+        """The types that `quantize` with the same arguments would write, without writing.
+
+        Raises PlanError where a type's blocks do not divide some rows and llama.cpp has no substitute for it.
+        """
         how = self._quantize_options(ftype, imatrix, tensor_types, pure, options)
-        planned = log.planned_types(self._run("llama-quantize", [*how, "--dry-run", _model(source), ftype]))
+        try:
+            planned = log.planned_types(self._run("llama-quantize", [*how, "--dry-run", _model(source), ftype]))
+        except LlamaCppError as error:
+            raise log.unplannable(str(error)) or error from None
         if not planned.types:
             raise LlamaCppError(f"llama-quantize --dry-run listed no tensors of {source}. {self._hint()}")
         return planned

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from qronos_export.errors import CalibrationError, LlamaCppError, OutputError
+from qronos_export.errors import CalibrationError, LlamaCppError, OutputError, PlanError
 
 
 @dataclass(frozen=True)
@@ -200,6 +200,20 @@ def planned_types(text: str) -> PlannedTypes:
     types = {name: (new or old).upper() for name, old, new in tensor.findall(text)}
     meant = re.compile(r"^warning: (\S+) +- ncols +\d+ not divisible by +\d+ \(required for type +(\w+)\)", re.M)
     return PlannedTypes(types, {name: wanted.upper() for name, wanted in meant.findall(text)})
+
+
+def unplannable(text: str) -> PlanError | None:
+    """The refusal of `llama-quantize` that is about a tensor and a type, not about the tool."""
+    refused = re.search(
+        r"(\S+) +- ncols +(\d+) not divisible by +(\d+) \(required for type +(\w+)\).*no tensor type", text
+    )
+    if refused is None:
+        return None
+    tensor, columns, block, kind = refused.groups()
+    return PlanError(
+        f"{tensor} cannot be {kind.upper()}: its rows of {columns} weights do not divide into blocks of {block}, and "
+        "llama.cpp has no substitute for this type. Choose another --format, or an --override for such tensors."
+    )
 
 
 def quantize_types(text: str) -> dict[str, int | None]:
