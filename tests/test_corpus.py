@@ -23,7 +23,7 @@ def bos(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
     """A model whose tokenizer puts nothing first."""
-    return open_checkpoint(str(make("llama_tied", tmp_path_factory.mktemp("models") / "plain")))
+    return open_checkpoint(str(make("qwen3", tmp_path_factory.mktemp("models") / "plain")))
 
 
 @pytest.fixture(scope="module")
