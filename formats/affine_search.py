@@ -13,7 +13,12 @@ from torch import Tensor
 from formats.block import reciprocal
 from formats.scale_search import in_chunks, to_half
 
-_TRIES = ((0.0, 0.0), (-0.5, 0.0), (0.5, 0.0), (1.0, 0.0), (0.5, 0.5), (1.0, 0.5), (1.5, 0.75), (2.0, 1.0), (3.0, 1.5))
+# How many codes the range of the weights is wider than theirs, and how many of these lie below code 0. The negative
+# ones matter to weights that come from a grid already: a group rarely meets both of its ends.
+_TRIES = (
+    (0.0, 0.0), (-0.5, 0.0), (0.5, 0.0), (1.0, 0.0), (0.5, 0.5), (1.0, 0.5), (1.5, 0.75), (2.0, 1.0), (3.0, 1.5),
+    (-1.0, 0.0), (-2.0, 0.0),
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

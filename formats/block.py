@@ -215,8 +215,13 @@ class BlockFormat(ABC):
 
     @final
     def quantize(self, weights: Tensor, importance: Tensor | None = None) -> Tensor:
-        """Blocks of `weights` rounded to the nearest value of their fitted grid: uint8 [rows, row_bytes]."""
+        """Blocks of `weights` rounded to the nearest value of their fitted grid: uint8 [rows, row_bytes].
+
+        Raises FormatError unless all weights are finite and rows divide into blocks.
+        """
         self.check(weights.shape[1])
+        if not bool(torch.isfinite(weights).all()):
+            raise FormatError(f"weights hold NaN or infinity; {self.name} cannot store them")
         blocks = torch.empty(len(weights), self.row_bytes(weights.shape[1]), dtype=torch.uint8, device=weights.device)
         step = max(1, _CHUNK // weights.shape[1])
         for start in range(0, len(weights), step):

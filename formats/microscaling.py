@@ -23,7 +23,7 @@ from torch import Tensor
 
 from formats.bits import pack_nibbles, pack_stream, unpack_nibbles, unpack_stream
 from formats.block import BlockFormat, Codebook, Floats, Grid, Integers, Levels, blocked
-from formats.scale_search import best_of, best_scale, grouped, in_chunks, peak
+from formats.scale_search import best_of, best_scale, grouped, in_chunks, peak, weighted_error
 
 
 def _minifloats(exponent_bits: int, mantissa_bits: int) -> tuple[float, ...]:
@@ -40,7 +40,10 @@ _DOUBLED_E2M1 = Codebook(tuple(2 * value for value in _minifloats(2, 1)))  # int
 
 
 class _E8M0(BlockFormat):
-    """E8M0 e | elements;  w = 2^(e−128) · unit · level."""
+    """E8M0 e | elements;  w = 2^(e−127) · element, computed as 2^(e−128) · unit · level.
+
+    `levels` are the elements times 2 / unit: ggml doubles E2M1 to have integers (unit 1), MXINT8 counts in 64ths.
+    """
 
     block_size = 32
     levels: Levels
@@ -59,10 +62,11 @@ class _E8M0(BlockFormat):
         return self._grid((exponent + 127).to(torch.uint8).view(weights.shape[0], -1))
 
     def _scale(self, e: Tensor) -> Tensor:
-        """2^(e−128) · unit; the first is subnormal for e < 2, so it is made of bits."""
+        """2^(e−128) · unit; the first is subnormal for e < 2, so it is made of bits. e = 255 is NaN, but not to ggml."""
         e = e.to(torch.int32)
         bits = torch.where(e < 2, 0x00200000 << e.clamp(max=1), (e - 1) << 23)
-        return bits.view(torch.float32) * self.unit
+        scale = bits.view(torch.float32) * self.unit
+        return scale if self.ggml_type is not None else torch.where(e == 255, torch.nan, scale)
 
     def _grid(self, e: Tensor) -> Grid:
         return Grid(self._scale(e), self.levels, group=32, fields=(e,))
@@ -172,6 +176,15 @@ class NVFP4(BlockFormat):
 
         scale = best_scale(*grouped(weights, importance, 16), self.levels, self.reach, (), store)
         return self._grid(torch.bucketize(scale, borders).to(torch.uint8).view(weights.shape[0], -1))
+
+    def refit(self, grid: Grid, group: int, weights: Tensor, importance: Tensor | None = None) -> Grid:
+        x, imp = grouped(weights, importance, 16)
+        fresh = self.fit(weights, importance)
+        old, new = grid.scale[:, group], fresh.scale[:, 0]
+        better = weighted_error(x, imp, new, self.levels) < weighted_error(x, imp, old, self.levels)
+        s = grid.fields[0].clone()
+        s[:, group] = torch.where(better, fresh.fields[0][:, 0], s[:, group])
+        return self._grid(s)
 
     def _grid(self, s: Tensor) -> Grid:
         return Grid(_ue4m3(s.device)[0][s.to(torch.int64)], self.levels, group=16, fields=(s,))

@@ -14,6 +14,7 @@ from torch import Tensor
 from formats.block import Levels, reciprocal
 
 _HALF_MAX = 65504.0
+_UNIMPORTANT = 1e-6
 _CHUNK = 1 << 17  # weights at a time on a CPU: temporaries stay in the cache
 
 Store = Callable[[Tensor], Tensor]
@@ -25,11 +26,22 @@ def to_half(scale: Tensor) -> Tensor:
 
 
 def grouped(weights: Tensor, importance: Tensor | None, size: int) -> tuple[Tensor, Tensor]:
-    """Weights and importance [rows, columns] as [size, groups]: a group is a column."""
+    """Weights and importance [rows, columns] as [size, groups]: a group is a column.
+
+    Importance comes in units of its largest, so that its own unit is no matter. A group of no importance weighs alike
+    inside and next to nothing beside others; so does, with full weight, one whose importance is not finite.
+    """
     flat = weights.reshape(-1, size).T
     if importance is None:
         return flat, torch.ones_like(flat)
-    return flat, importance.to(torch.float32).expand_as(weights).reshape(-1, size).T
+    importance = importance.to(torch.float32)
+    largest = importance.nan_to_num(0.0, posinf=0.0).amax()
+    importance = (importance * reciprocal(largest)).expand_as(weights).reshape(-1, size).T
+    total = importance.sum(0)
+    undecided = ~((total > 0) & torch.isfinite(total))
+    if undecided.any():
+        importance = torch.where(undecided, torch.where(total == 0, _UNIMPORTANT, 1.0), importance)
+    return flat, importance
 
 
 def in_chunks(

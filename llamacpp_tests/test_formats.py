@@ -136,20 +136,22 @@ def samples(kind: str) -> Tensor:
         return torch.randn(256, COLUMNS) * 0.05
     if kind == "laplace":
         return torch.distributions.Laplace(0.0, 1.0).sample((256, COLUMNS)) * 0.05
+    if kind == "four bits already":  # as quantization-aware training leaves weights
+        return torch.randint(-8, 8, (256, COLUMNS)) * (0.01 + 0.01 * torch.rand(256, 1))
     if kind == "student":
         return torch.distributions.StudentT(3.0).sample((256, COLUMNS)) * 0.05
     with safe_open(open_checkpoint("demo").folder / "model.safetensors", "pt") as file:
         return file.get_slice("model.layers.10.mlp.down_proj.weight")[:256, :COLUMNS]
 
 
-CLEARLY = {  # the goal of a search that libggml does not make; bounds just above the largest ratio of these eight cases
+CLEARLY = {  # the goal of a search that libggml does not make; bounds just above the largest ratio of the first four kinds
     "Q4_0": 0.95, "Q2_K": 0.90, "Q3_K": 0.935, "MXFP4": 0.955, "IQ4_NL": 0.95, "TQ1_0": 0.55, "TQ2_0": 0.55,
     "NVFP4": 0.87, "Q2_0": 0.41,
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("fmt", BLOCKS, ids=repr)
-@pytest.mark.parametrize("kind", ["gaussian", "laplace", "student", "real"])
+@pytest.mark.parametrize("kind", ["gaussian", "laplace", "student", "real", "four bits already"])
 @pytest.mark.parametrize("weighted", [False, True])
 def test_fit_is_never_worse_than_libggml(fmt: BlockFormat, kind: str, weighted: bool) -> None:
     """The importance-weighted squared error over all rows, with the same importance given to both."""
@@ -158,4 +160,4 @@ def test_fit_is_never_worse_than_libggml(fmt: BlockFormat, kind: str, weighted: 
     weighing = torch.ones(COLUMNS) if importance is None else importance
     ours = ((fmt.dequantize(fmt.quantize(weights, importance)) - weights).square() * weighing).sum()
     theirs = ((fmt.dequantize(libggml_quantize(fmt, weights, importance)) - weights).square() * weighing).sum()
-    assert ours <= theirs * CLEARLY.get(fmt.name, 1 + 1e-6)
+    assert ours <= theirs * (CLEARLY.get(fmt.name, 1 + 1e-6) if kind != "four bits already" else 1 + 1e-6) + 1e-9

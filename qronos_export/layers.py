@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
@@ -104,6 +105,8 @@ def _tensor_scales(tensor: StoredTensor, target: Target, weight: torch.Tensor, f
 
 
 def _share(part: torch.Tensor | None, whole: torch.Tensor, rows: slice) -> float | None:
-    """Σ part / Σ whole over `rows`; None where either is unknown or nothing."""
-    total = float(whole[rows].sum())
-    return None if part is None or not total else float(part[rows].sum()) / total
+    """Σ part / Σ whole over `rows`; None where either is unknown, nothing or beyond every float."""
+    if part is None:
+        return None
+    share = float(part[rows].sum() / whole[rows].sum())
+    return share if math.isfinite(share) else None

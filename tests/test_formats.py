@@ -60,16 +60,98 @@ def test_degenerate_blocks_are_normal_input(fmt: BlockFormat, edge: str) -> None
     assert bool(torch.isfinite(with_weights).all())
 
 
-@given(rows=st.lists(st.lists(st.floats(-1e4, 1e4, width=32), min_size=32, max_size=32), min_size=1, max_size=3))
-def test_nearest_is_nearest(rows: list[list[float]]) -> None:
-    """No other code of the grid is closer."""
+@pytest.mark.parametrize("fmt", BLOCKS, ids=repr)
+def test_nearest_is_nearest(fmt: BlockFormat) -> None:
+    """No other value that the grid holds in that column is closer."""
+    generator = torch.Generator().manual_seed(0)
+    weights = torch.randn(1, 256, generator=generator) ** 3
+    grid = fmt.fit(weights)
+    chosen = (grid.values(grid.nearest(weights)) - weights).abs()
+    others = grid.values(grid.nearest(torch.randn(2000, 256, generator=generator) * 2))
+    assert len(others.unique(dim=0)) > 1
+    assert bool((chosen <= (others - weights).abs() * (1 + 1e-5) + 1e-6 * weights.abs().max()).all())
+
+
+@given(row=st.lists(st.floats(-1e4, 1e4, width=32), min_size=32, max_size=32))
+def test_nearest_is_nearest_for_any_numbers(row: list[float]) -> None:
     fmt = FORMATS["Q4_0"]
-    weights = torch.tensor(rows)
+    weights = torch.tensor([row])
     grid = fmt.fit(weights)
     chosen = (grid.values(grid.nearest(weights)) - weights).abs()
     for code in range(-8, 8):
         other = (grid.values(torch.full_like(weights, code).to(torch.int8)) - weights).abs()
         assert bool((chosen <= other + 1e-5 * weights.abs().max()).all())
+
+
+@pytest.mark.parametrize("fmt", BLOCKS, ids=repr)
+def test_the_unit_of_importance_is_no_matter(fmt: BlockFormat) -> None:
+    generator = torch.Generator().manual_seed(0)
+    weights, importance = torch.randn(16, 256, generator=generator), torch.rand(256, generator=generator)
+    expected = fmt.quantize(weights, importance)
+    assert torch.equal(fmt.quantize(weights, importance * 2.0**-40), expected)
+    assert torch.equal(fmt.quantize(weights, importance * 2.0**40), expected)
+
+
+@pytest.mark.parametrize("fmt", BLOCKS, ids=repr)
+@pytest.mark.parametrize("senseless", [0.0, math.inf, math.nan])
+def test_senseless_importance_weighs_alike(fmt: BlockFormat, senseless: float) -> None:
+    """All of it, or that of half of the groups: the rounding stays about as good as without any."""
+    weights = torch.randn(16, 512, generator=torch.Generator().manual_seed(0))
+    importance = torch.full((512,), senseless)
+    plain = (fmt.dequantize(fmt.quantize(weights)) - weights).square().sum()
+    assert (fmt.dequantize(fmt.quantize(weights, importance)) - weights).square().sum() <= plain * 1.01
+    importance[:256] = 1.0
+    half = (fmt.dequantize(fmt.quantize(weights, importance)) - weights).square()
+    assert half.sum() <= plain * 1.01
+
+
+@pytest.mark.parametrize("fmt", [*BLOCKS, *FLOATS], ids=repr)
+@pytest.mark.parametrize("damage", [math.nan, math.inf])
+def test_weights_that_are_no_numbers_are_refused(fmt: BlockFormat, damage: float) -> None:
+    weights = torch.zeros(1, 256)
+    weights[0, 7] = damage
+    with pytest.raises(FormatError, match="hold NaN or infinity"):
+        fmt.quantize(weights)
+
+
+@pytest.mark.parametrize(
+    ("name", "elements", "expected"),
+    [  # OCP Microscaling Formats (MX) Specification 1.0, tables of element types; E8M0 127 is 1
+        ("MXFP4", [0x1, 0x2, 0x5, 0x7, 0xF], [0.5, 1.0, 3.0, 6.0, -6.0]),
+        ("MXFP6_E2M3", [0b000001, 0b000111, 0b001000, 0b011111, 0b111111], [0.125, 0.875, 1.0, 7.5, -7.5]),
+        ("MXFP6_E3M2", [0b000001, 0b000011, 0b001100, 0b011111, 0b111111], [0.0625, 0.1875, 1.0, 28.0, -28.0]),
+        ("MXFP8_E4M3", [0x01, 0x38, 0x7E, 0xFE], [2.0**-9, 1.0, 448.0, -448.0]),
+        ("MXFP8_E5M2", [0x01, 0x3C, 0x7B, 0xFB], [2.0**-16, 1.0, 57344.0, -57344.0]),
+        ("MXINT8", [0x40, 0x01, 0x7F, 0xC0], [1.0, 2.0**-6, 127 / 64, -1.0]),
+    ],
+)
+@pytest.mark.parametrize("exponent", [0, 127, 130])
+def test_microscaling_elements_are_the_specifications(
+    name: str, elements: list[int], expected: list[float], exponent: int
+) -> None:
+    """Built byte by byte: E8M0, then 32 elements as a little-endian stream of bits (MXFP4: halves of the block)."""
+    fmt = FORMATS[name]
+    elements = (elements * 32)[:32]
+    bits = 8 * (fmt.block_bytes - 1) // 32
+    if name == "MXFP4":
+        data = [low | high << 4 for low, high in zip(elements[:16], elements[16:], strict=True)]
+    else:
+        data = list(sum(element << bits * i for i, element in enumerate(elements)).to_bytes(bits * 4, "little"))
+    block = torch.tensor([[exponent, *data]], dtype=torch.uint8)
+    wanted = torch.tensor((expected * 32)[:32], dtype=torch.float64) * 2.0 ** (exponent - 127)
+    assert torch.equal(fmt.dequantize(block)[0].double(), wanted)
+    if name != "MXFP4":  # ggml reads 2¹²⁸ there
+        block[0, 0] = 255
+        assert bool(fmt.dequantize(block).isnan().all())
+
+
+def test_integer_grids_are_their_bytes() -> None:
+    """fp32 scale, and where asymmetric a zero point, then codes, low bits first."""
+    fmt = IntegerGrid(4, 32, symmetric=True)
+    weights = torch.arange(-8, 8).repeat(2).float()[None] * 0.5
+    codes, grid = fmt.unpack(fmt.quantize(weights))
+    assert torch.equal(grid.values(codes), weights)
+    assert float(grid.scale.abs()) == 0.5
 
 
 @pytest.mark.parametrize("fmt", BLOCKS, ids=repr)
@@ -100,7 +182,7 @@ def test_signed_scales_beat_conventions() -> None:
     assert float((fmt.dequantize(fmt.quantize(weights)) - weights).square().mean()) < 0.00660
 
 
-@pytest.mark.parametrize("name", ["Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_XS"])
+@pytest.mark.parametrize("name", ["Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_XS", "NVFP4"])
 def test_a_refitted_sub_block_suits_its_weights_better(name: str) -> None:
     """The others and what the super-block shares stay; the result is as storable as before."""
     fmt, generator = FORMATS[name], torch.Generator().manual_seed(0)

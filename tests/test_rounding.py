@@ -9,7 +9,7 @@ from torch import Tensor
 from formats import FORMATS, BlockFormat, IntegerGrid
 from qronos_export.rounding import ROUNDERS, Settings, gpfq, gptq, qronos, rtn
 from qronos_export.rounding.least_squares import normal_equations
-from qronos_export.rounding.sweep import sweep
+from qronos_export.rounding.sweep import DivergedError, sweep
 from qronos_export.statistics import LayerStats
 from tests import naive
 
@@ -225,16 +225,44 @@ def test_singular_statistics_raise_the_damping_and_say_so() -> None:
     x = torch.randn(3, 64)
     stats.update(x, x)
     rounded = gptq(weight, stats, Q4, Settings(0.0, 1.0, "natural"))
-    assert "damping raised" in rounded.note or "rounded to nearest" in rounded.note
+    assert rounded.method == "gptq" and "damping raised" in rounded.note
     assert bool(torch.isfinite(rounded.weight.dequantize()).all())
 
 
-def test_hopeless_statistics_fall_back_to_nearest_and_say_so() -> None:
-    weight, *_ = problem()
-    stats = LayerStats(64)
-    stats.update(torch.full((4, 64), float("inf")), torch.full((4, 64), float("inf")))
-    rounded = gptq(weight, stats, Q4, Settings(0.01, 1.0, "natural"))
+@pytest.mark.parametrize("name", ["qronos", "gptq"])
+@pytest.mark.parametrize("fmt", BLOCKS, ids=repr)
+def test_hopeless_statistics_fall_back_to_nearest_and_say_so(name: str, fmt: BlockFormat) -> None:
+    """One input overflowed: what comes is round to nearest with all columns alike."""
+    weight, _, x, _ = problem(columns=256)
+    x = x.clone()
+    x[3, 17] = float("inf")
+    stats = LayerStats(256)
+    stats.update(x, x)
+    rounded = ROUNDERS[name](weight, stats, fmt, Settings(0.01, 1.0, "natural"))
     assert rounded.method == "rtn" and "rounded to nearest" in rounded.note
+    assert torch.equal(rounded.weight.blocks, fmt.quantize(weight))
+    assert bool(torch.isfinite(rounded.loss).all())
+
+
+def test_feedback_that_diverges_is_told() -> None:
+    weight, stats, *_ = problem()
+    feedback = torch.full((64, 64), 1e3)
+    with pytest.raises(DivergedError, match="before column"):
+        sweep(weight * 1e30, feedback, Q4, importance=stats.hessian.diagonal())
+
+
+@pytest.mark.parametrize("fmt", [FORMATS["Q4_0"], FORMATS["Q4_K"]], ids=repr)
+def test_dead_inputs_do_not_bend_the_scales_of_living_ones(fmt: BlockFormat) -> None:
+    """Whatever the unit of the activations."""
+    weight, _, x, _ = problem(columns=256)
+    x = x.clone()
+    x[:, ::32] = 0
+    results = []
+    for unit in (1.0, 2.0**-8):
+        stats = LayerStats(256)
+        stats.update(x * unit, x * unit)
+        results.append(gptq(weight, stats, fmt, Settings(0.01, 1.0, "natural")).weight.dequantize())
+    assert float((results[0] != results[1]).float().mean()) < 0.02
 
 
 @pytest.mark.parametrize("name", ROUNDERS)

@@ -14,7 +14,7 @@ from formats import BlockFormat, QuantizedWeight
 from qronos_export.rounding.least_squares import column_order
 from qronos_export.rounding.rounded import Rounded, Settings
 from qronos_export.rounding.rtn import rtn
-from qronos_export.rounding.sweep import sweep
+from qronos_export.rounding.sweep import DivergedError, sweep
 from qronos_export.statistics import LayerStats
 
 
@@ -36,7 +36,12 @@ def gpfq(weight: Tensor, stats: LayerStats, fmt: BlockFormat, settings: Settings
         shift[:, order] = weight[:, order] @ drift[order][:, order].triu() / power[order]
         feedback = hessian[order][:, order] / power[order]
     grid = fmt.fit(weight, diagonal)
-    codes, grid, _ = sweep(weight + shift, -feedback, fmt, importance=diagonal, order=order, grid=grid, anchor=weight)
+    try:
+        codes, grid, _ = sweep(
+            weight + shift, -feedback, fmt, importance=diagonal, order=order, grid=grid, anchor=weight
+        )
+    except DivergedError as error:
+        return rtn(weight, stats, fmt, settings, note=f"{error}; rounded to nearest")
     packed = QuantizedWeight(fmt, fmt.pack(codes, grid), (weight.shape[0], weight.shape[1]))
     error = grid.values(codes) - weight
     return Rounded(packed, ((error @ hessian) * error).sum(1), None, 0.0, "gpfq")

@@ -12,21 +12,20 @@ from formats import BlockFormat, QuantizedWeight
 from qronos_export.rounding.least_squares import Normal, SingularError, normal_equations
 from qronos_export.rounding.rounded import Rounded, Rounder, Settings
 from qronos_export.rounding.rtn import rtn
-from qronos_export.rounding.sweep import sweep
+from qronos_export.rounding.sweep import DivergedError, sweep
 from qronos_export.statistics import LayerStats
 
 
 def calibrated(solve: Callable[[Tensor, Normal, BlockFormat, Settings], Rounded]) -> Rounder:
-    """A rounder from what it does with the normal equations; where they are singular, rounds to nearest and says so."""
+    """A rounder from what it does with the normal equations; where that fails, rounds to nearest and says so."""
 
     @functools.wraps(solve)
     def rounder(weight: Tensor, stats: LayerStats, fmt: BlockFormat, settings: Settings) -> Rounded:
         fmt.check(weight.shape[1])
         try:
-            normal = normal_equations(stats, settings.damping, settings.order)
-        except SingularError as error:
+            return solve(weight, normal_equations(stats, settings.damping, settings.order), fmt, settings)
+        except (SingularError, DivergedError) as error:
             return rtn(weight, stats, fmt, settings, note=f"{error}; rounded to nearest")
-        return solve(weight, normal, fmt, settings)
 
     return rounder
 

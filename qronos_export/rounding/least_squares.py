@@ -26,7 +26,7 @@ class SingularError(ArithmeticError):
 class Normal:
     """One group's normal equations, in sweep order.
 
-    hessian, cross: float32 [features, features] with dead columns replaced by the identity, in storage order.
+    hessian, cross: float32 [features, features] with something small on the diagonal of dead columns, in storage order.
     upper:          U, float64, in sweep order.
     damping:        the λ that was needed, in units of H.
     note:           empty, or what had to be done differently.
@@ -78,9 +78,11 @@ def normal_equations(stats: LayerStats, damping: float, order: str) -> Normal:
     note = ""
     if dead.any():
         hessian, cross = hessian.clone(), cross.clone()
-        hessian[dead, dead] = 1.0
+        # Enough to be positive, too little for the scale search to look at; the damping returns the weights themselves.
+        unit = float(hessian.diagonal().mean()) / 100 or 1.0
+        hessian[dead, dead] = unit
         cross[:, dead] = 0.0
-        cross[dead, dead] = 1.0
+        cross[dead, dead] = unit
         note = f"{int(dead.sum())} inputs never active"
     permutation = column_order(hessian, order)
     matrix = hessian.to(torch.float64)

@@ -11,9 +11,12 @@ from qronos_export.statistics import LayerStats
 
 
 def rtn(weight: Tensor, stats: LayerStats, fmt: BlockFormat, settings: Settings, *, note: str = "") -> Rounded:
-    """Nearest stored value of every weight [rows, columns] on its own. Without tokens all columns weigh alike."""
+    """Nearest stored value of every weight [rows, columns] on its own. Without tokens, and where
+    their statistics overflowed, all columns weigh alike."""
     fmt.check(weight.shape[1])
     hessian = stats.hessian if stats.tokens else None
+    if hessian is not None and not bool(torch.isfinite(hessian).all()):
+        hessian = None
     blocks = fmt.quantize(weight, None if hessian is None else hessian.diagonal())
     error = fmt.dequantize(blocks).sub_(weight)
     loss = torch.linalg.vecdot(error if hessian is None else error @ hessian, error)

@@ -21,6 +21,10 @@ from formats.block import reciprocal
 STEP = 32  # columns between two lazy updates of everything to the right
 
 
+class DivergedError(ArithmeticError):
+    """Feedback has grown a weight to infinity."""
+
+
 def sweep(
     values: Tensor,
     feedback: Tensor,
@@ -34,6 +38,8 @@ def sweep(
     step: int = STEP,
 ) -> tuple[Tensor, Grid, Tensor]:
     """Round `values` [rows, columns] to `fmt`, column by column with feedback.
+
+    Raises DivergedError where what is passed on grows beyond every float.
 
     feedback:    M [columns, columns], upper triangular with a unit diagonal (ignored), in sweep order.
     importance:  [columns], weighs the scale search, in storage order.
@@ -60,6 +66,8 @@ def sweep(
     width = step if grid is not None else math.gcd(step, fmt.block_size)
     for start in range(0, columns, width):
         stop = min(start + width, columns)
+        if not bool(torch.isfinite(work[start:stop]).all()):
+            raise DivergedError(f"feedback diverged before column {start} of {columns}")
         if grid is None and start % fmt.block_size == 0:
             block = slice(start, start + fmt.block_size)
             grids.append(fmt.fit(work[block].T, importance[block]))
