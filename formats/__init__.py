@@ -8,10 +8,9 @@ family goes into that family's module; a new family is a module, and its tuple i
 from formats import ggml_basic, ggml_codebook, ggml_k, ggml_ternary, microscaling
 from formats.block import BlockFormat, FormatError, Grid, QuantizedWeight
 from formats.integers import IntegerGrid
-from formats.microscaling import nvfp4_tensor_scale
 
 _FAMILIES = (ggml_basic, ggml_k, ggml_codebook, microscaling, ggml_ternary)
 
 FORMATS: dict[str, BlockFormat] = {fmt.name: fmt for family in _FAMILIES for fmt in family.FORMATS}
 
-__all__ = ["FORMATS", "BlockFormat", "FormatError", "Grid", "IntegerGrid", "QuantizedWeight", "nvfp4_tensor_scale"]
+__all__ = ["FORMATS", "BlockFormat", "FormatError", "Grid", "IntegerGrid", "QuantizedWeight"]

@@ -194,6 +194,11 @@ class BlockFormat(ABC):
         """
         return grid
 
+    def tensor_scale(self, weights: Tensor) -> float:
+        """A power of two that a whole matrix [rows, columns] is better divided by before it is fitted, where the
+        artifact can keep it beside the tensor; 1 where it suits the format as it is."""
+        return 1.0
+
     @abstractmethod
     def pack(self, codes: Tensor, grid: Grid) -> Tensor:
         """Bytes, uint8 [rows, row_bytes], of `codes` [rows, columns] on `grid`."""

@@ -62,7 +62,7 @@ class _E8M0(BlockFormat):
         return self._grid((exponent + 127).to(torch.uint8).view(weights.shape[0], -1))
 
     def _scale(self, e: Tensor) -> Tensor:
-        """2^(e−128) · unit; the first is subnormal for e < 2, so it is made of bits. e = 255 is NaN, but not to ggml."""
+        """2^(e−128) · unit; the first is subnormal for e < 2, so made of bits. e = 255 is NaN, but not to ggml."""
         e = e.to(torch.int32)
         bits = torch.where(e < 2, 0x00200000 << e.clamp(max=1), (e - 1) << 23)
         scale = bits.view(torch.float32) * self.unit
@@ -186,6 +186,17 @@ class NVFP4(BlockFormat):
         s[:, group] = torch.where(better, fresh.fields[0][:, 0], s[:, group])
         return self._grid(s)
 
+    def tensor_scale(self, weights: Tensor) -> float:
+        """UE4M3 has three bits of mantissa from 2⁻⁶ to 448; below, fewer and fewer. Where more than one block in a
+        hundred wants such a scale, or any one beyond, the largest is moved two powers below the end: feedback makes
+        weights grow."""
+        wanted = weights.abs().reshape(-1, 16).amax(1) / 6
+        wanted = wanted[wanted > 0]
+        end = 448 / 4
+        if not len(wanted) or (float((wanted < 2**-6).float().mean()) <= 0.01 and float(wanted.max()) <= end):
+            return 1.0
+        return 2.0 ** math.ceil(math.log2(float(wanted.max()) / end))
+
     def _grid(self, s: Tensor) -> Grid:
         return Grid(_ue4m3(s.device)[0][s.to(torch.int64)], self.levels, group=16, fields=(s,))
 
@@ -198,19 +209,6 @@ class NVFP4(BlockFormat):
         scales, data = blocked(blocks, self.block_bytes).split((4, 32), dim=2)
         codes = unpack_nibbles(data, 16).view(blocks.shape[0], -1)
         return codes, self._grid(scales.reshape(blocks.shape[0], -1))
-
-
-def nvfp4_tensor_scale(weights: Tensor) -> float:
-    """A power of two to divide `weights` [rows, columns] by before they become NVFP4; 1 where they suit it as they are.
-
-    UE4M3 has three bits of mantissa from 2⁻⁶ to 448; below, fewer and fewer. Where more than one block in a hundred
-    wants such a scale, or any one beyond, the largest is moved two powers below the end: feedback makes weights grow.
-    """
-    wanted = weights.abs().reshape(-1, 16).amax(1) / 6
-    wanted = wanted[wanted > 0]
-    if not len(wanted) or (float((wanted < 2**-6).float().mean()) <= 0.01 and float(wanted.max()) <= 448 / 4):
-        return 1.0
-    return 2.0 ** math.ceil(math.log2(float(wanted.max()) / (448 / 4)))
 
 
 @cache

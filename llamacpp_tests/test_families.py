@@ -296,11 +296,13 @@ def test_the_comparison_has_teeth(exports: Exports, measured: Callable[[str], Me
     assert largest_difference(export, model, run.scores) > 0.01
 
 
-@pytest.mark.parametrize("family", ["llama", "mixtral"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_llamacpp_multiplies_with_the_scales_beside_nvfp4(
     family: str, llamacpp: LlamaCpp, english: Path, tmp_path: Path
 ) -> None:
-    checkpoint = make(family, tmp_path / "tiny", hidden_size=256, intermediate_size=256)
+    """Scales are there where llama.cpp's graph of the family has them, and nowhere else."""
+    sizes = {"qwen3_moe": {"moe_intermediate_size": 128}, "qwen2": {}, "phi3": {}}.get(family, {"hidden_size": 256})
+    checkpoint = make(family, tmp_path / "tiny", intermediate_size=256, **sizes)
     original = tmp_path / "float.gguf"
     recipe = Recipe(
         str(checkpoint), "NVFP4", calibration=str(english), samples=8, sequence_length=64, device="cpu"
@@ -309,7 +311,9 @@ def test_llamacpp_multiplies_with_the_scales_beside_nvfp4(
     ours = GGUFFile(file)
     export = Export(Case(family), checkpoint, recipe, report, ours, GGUFFile(original), ours)
     scales = [ours.tensors[name].shape for name in ours.tensors if name.endswith(".scale")]
-    assert scales and ((4,) in scales) == (family == "mixtral")
+    assert bool(scales) == (family in ("llama", "llama_tied", "mixtral", "qwen3", "qwen3_moe"))
+    assert ((4,) in scales) == (family in ("mixtral", "qwen3_moe"))
+    assert any("no scale for it" in layer.note for layer in report.layers) == (not scales)
     run_of_file = measure_file(file, llamacpp, english, tmp_path)
     model = load_whole(open_checkpoint(str(checkpoint)))
     put_back(export, model, file_targets(export, model))

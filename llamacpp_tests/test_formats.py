@@ -144,7 +144,7 @@ def samples(kind: str) -> Tensor:
         return file.get_slice("model.layers.10.mlp.down_proj.weight")[:256, :COLUMNS]
 
 
-CLEARLY = {  # the goal of a search that libggml does not make; bounds just above the largest ratio of the first four kinds
+CLEARLY = {  # the goal of a search that libggml does not make; bounds just above the largest ratio of the first kinds
     "Q4_0": 0.95, "Q2_K": 0.90, "Q3_K": 0.935, "MXFP4": 0.955, "IQ4_NL": 0.95, "TQ1_0": 0.55, "TQ2_0": 0.55,
     "NVFP4": 0.87, "Q2_0": 0.41,
 }  # fmt: skip

@@ -66,8 +66,13 @@ def test_every_mix_is_llama_quantizes_to_the_byte(
             llamacpp.quantize(original, tmp_path / "theirs.gguf", carrier, tensor_types=wanted, imatrix=imatrix)
         )
         assert types(file) == types(theirs), name
-        more = imatrix or len(types(file)) < len(file.tensors)
-        assert more or file.path.stat().st_size == theirs.path.stat().st_size, name
+        if imatrix or len(types(file)) < len(file.tensors):  # an imatrix leaves keys in the header, NVFP4 has scales
+            sizes = [
+                {t.name: t.nbytes for t in each.tensors.values() if t.name in types(each)} for each in (file, theirs)
+            ]
+            assert sizes[0] == sizes[1], name
+        else:
+            assert file.path.stat().st_size == theirs.path.stat().st_size, name
         if name not in CARRIERS:
             key = "general.file_type"
             assert file.reader.fields[key].contents() == theirs.reader.fields[key].contents(), name
@@ -114,6 +119,30 @@ def test_wishes_go_where_llama_quantize_puts_them(llamacpp: LlamaCpp, tmp_path: 
         assert {chosen[f"blk.{i}.ffn_down.weight"] for i in range(2)} == {"F16"}
         assert (chosen["output.weight"], chosen["token_embd.weight"]) == ("Q8_0", "Q5_K")
     assert types(ours["NVFP4"])["blk.0.attn_k.weight"] == "NVFP4"
+
+    # The type that MXFP4 and NVFP4 take the place of, where the user himself asks for it.
+    _, plain = run(
+        Recipe(str(checkpoint), "MXFP4", method="rtn", output_type="Q4_0", embedding_type="q4_0"),
+        tmp_path / "plain",
+        llamacpp,
+    )
+    chosen = types(plain["MXFP4"])
+    assert (chosen["output.weight"], chosen["token_embd.weight"], chosen["blk.0.attn_q.weight"]) == (
+        "Q4_0", "Q4_0", "MXFP4",
+    )  # fmt: skip
+    tied = make("llama", tmp_path / "tied", hidden_size=256, num_hidden_layers=2, tie_word_embeddings=True)
+    _, both = run(
+        Recipe(str(tied), "Q4_K_M,MXFP4", method="rtn", output_type="Q4_0", overrides={"blk.*.ffn_up.weight": "Q5_1"}),
+        tmp_path / "both",
+        llamacpp,
+    )
+    float_file = llamacpp.convert(tied, tmp_path / "tied.gguf", "f32")
+    expected = llamacpp.quantize(
+        float_file, tmp_path / "tied-theirs.gguf", "Q4_K_M", tensor_types={r"ffn_up\.weight$": "q5_1"},
+        options=["--output-tensor-type", "q4_0"],
+    )  # fmt: skip
+    assert types(both["Q4_K_M"]) == types(GGUFFile(expected))
+    assert types(both["MXFP4"])["token_embd.weight"] == types(both["Q4_K_M"])["token_embd.weight"]
     theirs = GGUFFile(
         llamacpp.quantize(
             original,
@@ -163,8 +192,18 @@ def test_formats_of_one_run_are_those_of_runs_alone(
 @pytest.mark.parametrize(
     ("more", "error", "message"),
     [
-        ({"format": "Q4_0,Q4_9"}, UsageError, "no type 'Q4_9'"),
+        ({"format": "Q4_0,Q4_9"}, UsageError, "no type 'Q4_9'; llama.cpp has .*Q4_0"),
+        ({"format": "F16"}, PlanError, "F16 is a float type"),
         ({"overrides": {"*": "IQ2_XXS"}}, UsageError, "there is no type IQ2_XXS"),
+        ({"overrides": {"blk.[01].attn_q.weight": "Q8_0"}}, UsageError, r"'\[' cannot be in the glob"),
+        ({"output_type": "Q9"}, UsageError, "--output-type: there is no type Q9; known are .*Q8_0"),
+        ({"embedding_type": "Q9"}, UsageError, "--embedding-type: there is no type Q9"),
+        ({"overrides": {"blk.0.attn_norm.weight": "Q8_0"}}, PlanError, "change nothing of Q4_0: llama.cpp keeps blk.0"),
+        (
+            {"overrides": {"blk.*": "Q8_0", "blk.0.attn_q.weight": "Q5_0"}},
+            PlanError,
+            "attn_q.weight=Q5_0 would change nothing of Q4_0: overrides before it",
+        ),
         (
             {"format": "IQ2_M", "model": "whole"},
             PlanError,

@@ -243,11 +243,15 @@ def _summary(result: RunReport, folder: Path) -> None:
             ("substitutes", f"{count} tensors are {used}: {wanted}'s blocks do not divide their rows")
             for (wanted, used), count in instead.items()
         ]
-    notes = [layer for layer in result.layers if layer.note]
-    rows += [(layer.tensor, layer.note) for layer in notes[:5]]
-    if len(notes) > 5:
-        rows.append(("", f"{len(notes) - 5} more notes in report.json"))
-    rows += [(kept["tensor"], f"kept as {kept['type']}: {kept['why']}") for kept in result.kept[:5]]
+        mine = [
+            (layer.tensor, layer.note) for layer in result.layers if layer.note and layer.artifact == artifact.format
+        ]
+        mine += [
+            (k["tensor"], f"kept as {k['type']}: {k['why']}") for k in result.kept if k["artifact"] == artifact.format
+        ]
+        rows += mine[:5]
+        if len(mine) > 5:
+            rows.append(("", f"{len(mine) - 5} more notes in report.json"))
     rows.append(("report", f"{folder / 'report.json'}, {result.seconds['total']:.0f} s in all"))
     _table(*rows)
 

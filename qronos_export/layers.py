@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from formats import FORMATS, BlockFormat, nvfp4_tensor_scale
+from formats import FORMATS, BlockFormat
 from qronos_export.calibration import Group, Matrix
 from qronos_export.plan import Mix, Plan
 from qronos_export.report import LayerReport
 from qronos_export.rounding import Rounder, Settings, rtn
 
 if TYPE_CHECKING:
-    from qronos_export.artifact.gguf import BlockStore, StoredTensor, Target
+    from qronos_export.artifact.gguf import BlockStore, Target
     from qronos_export.statistics import LayerStats
 
 # A Hessian of fewer tokens than this share of its width says little; such experts are rounded to nearest.
@@ -60,10 +60,10 @@ def _round_rows(
     parts = [matrix.weight[target.rows.to(device)].to(torch.float32) for matrix, target in jobs]
     weight = parts[0] if len(parts) == 1 else torch.cat(parts)
     del parts
-    scales = torch.cat([_tensor_scales(plan.tensor(target), target, matrix.weight, fmt) for matrix, target in jobs])
-    scales = scales.to(device)[:, None]
+    scales, unscaled = _tensor_scales(weight, jobs, plan, fmt)
     weight = weight / scales
     rounder, note = _fallback(stats, rtn if fmt.is_float else rounder)
+    note = "; ".join(filter(None, [note, unscaled]))
     rounded = rounder(weight, stats, fmt, settings)
     power = torch.linalg.vecdot(weight @ stats.hessian if stats.tokens else weight, weight)
     values = rounded.weight.dequantize()
@@ -90,18 +90,23 @@ def _round_rows(
         )
 
 
-def _tensor_scales(tensor: StoredTensor, target: Target, weight: torch.Tensor, fmt: BlockFormat) -> torch.Tensor:
-    """What llama.cpp multiplies the outputs of each row by: float32 [rows of `target`], one value a tensor or expert.
-
-    Only NVFP4 has such scales, and only in the blocks; powers of two, so that dividing by them is exact.
-    """
-    scales = torch.ones(len(target.rows))
-    if fmt.name == "NVFP4" and tensor.name.startswith("blk."):
-        expert = tensor.expert(target.file_rows)
-        for each in expert.unique():
-            mine = expert == each
-            scales[mine] = nvfp4_tensor_scale(weight[target.rows[mine].to(weight.device)].to(torch.float32))
-    return scales
+def _tensor_scales(
+    weight: torch.Tensor, jobs: list[tuple[Matrix, Target]], plan: Plan, fmt: BlockFormat
+) -> tuple[torch.Tensor, str]:
+    """What llama.cpp multiplies the outputs of each row of `weight` [rows, columns] by: float32 [rows, 1], one value a
+    tensor or expert, and a note where it would not multiply though the format asks for it."""
+    tensors = list(dict.fromkeys(target.tensor for _, target in jobs))
+    owner = torch.cat([torch.full((len(target.rows),), tensors.index(target.tensor)) for _, target in jobs])
+    expert = torch.cat([plan.tensor(target).expert(target.file_rows) for _, target in jobs])
+    scales, note = torch.ones(len(weight), 1), ""
+    for number, each in torch.stack([owner, expert], dim=1).unique(dim=0).tolist():
+        mine = (owner == number) & (expert == each)
+        wanted = fmt.tensor_scale(weight[mine.to(weight.device)])
+        if wanted != 1 and plan.may_have_scale(tensors[number]):
+            scales[mine] = wanted
+        elif wanted != 1:
+            note = f"its weights would be better off divided by {wanted:g}, but llama.cpp has no scale for it here"
+    return scales.to(weight.device), note
 
 
 def _share(part: torch.Tensor | None, whole: torch.Tensor, rows: slice) -> float | None:

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 import torch
@@ -23,7 +24,7 @@ from qronos_export.errors import OutputError, UsageError
 from qronos_export.layers import round_group
 from qronos_export.llamacpp import LlamaCpp
 from qronos_export.memory import give_back, peak_memory
-from qronos_export.plan import CARRIERS, Mix, Plan, mix, type_patterns
+from qronos_export.plan import CARRIERS, Mix, Plan, check_overrides, check_types, mix, type_patterns
 from qronos_export.recipe import Recipe
 from qronos_export.report import Artifact, LayerReport, RunReport
 from qronos_export.rounding import ROUNDERS, Settings
@@ -91,11 +92,19 @@ def run(
     begun = time.perf_counter()
     device = pick_device(recipe.device)
     yield Stage("load")
+    check_types(recipe)
+    known = llamacpp.quantize_types()
+    for name in recipe.formats:
+        if name not in CARRIERS and known.get(name) is None:
+            raise UsageError(
+                f"There is no type {name!r}; llama.cpp has {', '.join([*CARRIERS, *filter(known.get, known)])}."
+            )
     checkpoint = open_checkpoint(recipe.model)
     report_path = output / "report.json"
     paths = {name: output / f"{checkpoint.name}-{name}.gguf" for name in recipe.formats}
     with workspace(output, [*paths.values(), report_path], force) as folder:
-        _check_space(checkpoint, folder)
+        if checkpoint.float_gguf is None:
+            _check_space(folder, sum(file.stat().st_size for file in checkpoint.folder.glob("*.safetensors")))
         text = held_out_file(held, folder) if held else None
         if held and text:
             corpus.check_length(text, checkpoint, 2 * held.context)
@@ -105,6 +114,7 @@ def run(
             Output(choose_types(source, name, recipe, llamacpp), gguf.BlockStore(folder / name), path)
             for name, path in paths.items()
         ]
+        _check_space(folder, 2 * sum(each.bytes(source) for each in outputs))
         wanted = dict.fromkeys(name for each in outputs for name in each.mix.quantized)
         plan = Plan(source, gguf.RowIndex(source, list(wanted)))
         model = LazyModel(checkpoint, device)
@@ -173,9 +183,9 @@ def run(
                 for each, artifact in zip(outputs, result.artifacts, strict=True):
                     yield Stage(f"validate: {each.mix.name}")
                     artifact.validation = reference.compare(each.path, on_chunk=on_progress).to_json()
-            clock.lap("validate")
-            result.seconds = {**clock.seconds, "total": time.perf_counter() - begun}
-            result.write(report_path)
+                    clock.lap("validate")
+                    result.seconds = {**clock.seconds, "total": time.perf_counter() - begun}
+                    result.write(report_path)
     yield Finished(result, output)
 
 
@@ -186,6 +196,14 @@ class Output:
     mix: Mix
     store: gguf.BlockStore
     path: Path
+
+    def bytes(self, source: gguf.GGUFFile) -> int:
+        """What its tensors will take."""
+        formats = {name: self.mix.format(name) for name in source.tensors}
+        return sum(
+            tensor.nbytes if (fmt := formats[name]) is None else tensor.rows * fmt.row_bytes(tensor.columns)
+            for name, tensor in source.tensors.items()
+        )
 
     def kept(self, source: gguf.GGUFFile, plan: Plan) -> list[dict[str, str]]:
         """Tensors of the mix that were not rounded after all, and why."""
@@ -228,7 +246,18 @@ def choose_types(source: gguf.GGUFFile, name: str, recipe: Recipe, llamacpp: Lla
         number = llamacpp.quantize_types()[name]
     if number is None:
         raise UsageError(f"--format {name} is no type; see `qronos-export formats`.")
-    return mix(source, name, number, planned.types, planned.substitutes, recipe.overrides)
+    chosen = mix(source, name, number, planned.types, planned.substitutes, wishes(source, recipe))
+    check_overrides(chosen, recipe.overrides)
+    return chosen
+
+
+def wishes(source: gguf.GGUFFile, recipe: Recipe) -> Callable[[str], bool]:
+    """Whether the recipe itself says what type a tensor gets."""
+    embedding, head = "token_embd.weight", "output.weight"
+    named = {embedding} if recipe.embedding_type else set()
+    if recipe.output_type:
+        named.add(head if head in source.tensors else embedding)
+    return lambda tensor: tensor in named or any(fnmatchcase(tensor, glob) for glob in recipe.overrides)
 
 
 def prove(file: Path, reference: str, held: Held, *, llamacpp: LlamaCpp) -> Validation:
@@ -394,10 +423,10 @@ def workspace(output: Path, results: list[Path], force: bool) -> Iterator[Path]:
                 path.rmdir()
 
 
-def _check_space(checkpoint: Checkpoint, folder: Path) -> None:
-    """The float file and two copies of the quantized one live in the output folder for a while."""
-    needed = sum(path.stat().st_size for path in checkpoint.folder.glob("*.safetensors"))
-    needed = 2 * needed if checkpoint.float_gguf is None else needed
+def _check_space(folder: Path, needed: int) -> None:
+    """Raises OutputError unless `needed` bytes are free: first the float file, then blocks and files of all formats."""
     free = shutil.disk_usage(folder).free
     if free < needed:
-        raise OutputError(f"{folder.parent} has {free / 1e9:.3g} GB free, {needed / 1e9:.3g} GB are needed on the way.")
+        raise OutputError(
+            f"{folder.parent} has {free / 1e9:.3g} GB free, {needed / 1e9:.3g} GB more are needed on the way."
+        )

@@ -8,7 +8,7 @@ tied embeddings and substitutes for rows that a block does not divide are upstre
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
@@ -20,6 +20,7 @@ from qronos_export.errors import PlanError, UsageError
 
 if TYPE_CHECKING:
     from qronos_export.artifact.gguf import GGUFFile, RowIndex, StoredTensor, Target
+    from qronos_export.recipe import Recipe
 
 CARRIERS = {"MXFP4": ("Q4_0", 38), "NVFP4": ("Q4_0", 39)}
 """Types that llama-quantize has no mix of for dense models: the mix whose plain type they replace, and the number that
@@ -54,17 +55,19 @@ def mix(
     file_type: int,
     types: Mapping[str, str],
     substitutes: Mapping[str, str],
-    overrides: Mapping[str, str],
+    wished: Callable[[str], bool],
 ) -> Mix:
     """The mix `name` of `file` from llama-quantize's plan for it (or for its carrier).
 
+    wished: whether the user gave a tensor its type.
     Raises PlanError for a type we do not have and where nothing would be quantized.
     """
     types, substitutes = dict(types), dict(substitutes)
     if name in CARRIERS:
         carrier, _ = CARRIERS[name]
+        substitutes = {t: name if meant == carrier and not wished(t) else meant for t, meant in substitutes.items()}
         for tensor in [t for t, planned in types.items() if planned == carrier]:
-            if any(fnmatchcase(tensor, glob) for glob in overrides) or tensor in substitutes:
+            if wished(tensor) or tensor in substitutes:
                 continue
             if file.tensors[tensor].columns % FORMATS[name].block_size:
                 substitutes[tensor] = name
@@ -93,6 +96,8 @@ def _quantized(file: GGUFFile, types: Mapping[str, str], format: str) -> list[st
                 f"{FORMATS[planned].block_size}. Choose a type with smaller blocks for it."
             )
         names.append(name)
+    if format in FORMATS and FORMATS[format].is_float:
+        raise PlanError(f"{format} is a float type; choose a --format that quantizes, see `qronos-export formats`.")
     if all(FORMATS[types[name]].is_float for name in names):
         columns = sorted({tensor.columns for tensor in file.tensors.values() if len(tensor.shape) > 1})
         raise PlanError(
@@ -105,13 +110,11 @@ def _quantized(file: GGUFFile, types: Mapping[str, str], format: str) -> list[st
 def type_patterns(file: GGUFFile, overrides: Mapping[str, str]) -> dict[str, str]:
     """Overrides, glob of tensor names -> type (the first that fits counts), as `llama-quantize --tensor-type` has them.
 
-    Raises UsageError for a glob that fits no tensor and for an unknown type.
+    Raises UsageError for a glob that fits no tensor.
     """
     patterns = {}
     for glob, kind in overrides.items():
-        if kind.upper() not in _storable():
-            raise UsageError(f"Override {glob}={kind}: there is no type {kind}; known are {', '.join(_storable())}.")
-        if re.search(r"[^\w.*?]", glob) or not any(fnmatchcase(name, glob) for name in file.tensors):
+        if not any(fnmatchcase(name, glob) for name in file.tensors):
             some = [name for name, tensor in file.tensors.items() if len(tensor.shape) > 1][:3]
             raise UsageError(
                 f"Override {glob}={kind} fits no tensor of {file.path.name}, which has {', '.join(some)} and so on; "
@@ -119,6 +122,37 @@ def type_patterns(file: GGUFFile, overrides: Mapping[str, str]) -> dict[str, str
             )
         patterns["^" + glob.replace(".", r"\.").replace("*", ".*").replace("?", ".") + "$"] = kind.lower()
     return patterns
+
+
+def check_types(recipe: Recipe) -> None:
+    """Raises UsageError for types that do not exist and for globs that cannot be; needs no model."""
+    wishes = {f"Override {glob}={kind}": kind for glob, kind in recipe.overrides.items()}
+    wishes |= {"--output-type": recipe.output_type or "F32", "--embedding-type": recipe.embedding_type or "F32"}
+    for where, kind in wishes.items():
+        if kind.upper() not in _storable():
+            raise UsageError(f"{where}: there is no type {kind}; known are {', '.join(_storable())}.")
+    for glob in recipe.overrides:
+        if odd := re.search(r"[^\w.*?-]", glob):
+            raise UsageError(
+                f"Override {glob}: {odd.group()!r} cannot be in the glob of a tensor; * stands for any characters, "
+                "? for any one."
+            )
+
+
+def check_overrides(mix: Mix, overrides: Mapping[str, str]) -> None:
+    """Raises PlanError for an override that gives no tensor its type."""
+    first = {tensor: next((g for g in overrides if fnmatchcase(tensor, g)), None) for tensor in mix.types}
+    for glob, kind in overrides.items():
+        taken = [tensor for tensor, by in first.items() if by == glob]
+        if any(tensor in mix.substitutes or mix.types[tensor] == kind.upper() for tensor in taken):
+            continue
+        why = (
+            f"llama.cpp keeps {taken[0]} as {mix.types[taken[0]]}: small tensors stay float, and --output-type and "
+            "--embedding-type go first"
+            if taken
+            else "overrides before it take all tensors that it fits"
+        )
+        raise PlanError(f"Override {glob}={kind} would change nothing of {mix.name}: {why}.")
 
 
 def _storable() -> list[str]:
@@ -148,6 +182,10 @@ class Plan:
 
     def tensor(self, target: Target) -> StoredTensor:
         return self._file.tensors[target.tensor]
+
+    def may_have_scale(self, tensor: str) -> bool:
+        """Whether the artifact can keep a scale of its own beside `tensor`."""
+        return self._file.may_have_scale(self._file.tensors[tensor])
 
     @property
     def unclaimed(self) -> list[str]:

@@ -32,7 +32,7 @@ INSIDE = {  # a module of qronos_export, and what else of qronos_export it may i
         "validation",
     },
     "layers": {"artifact", "calibration", "plan", "report", "rounding"},
-    "plan": {"artifact"},
+    "plan": {"artifact", "recipe"},
     "calibration": {"suspended"},
     "corpus": {"checkpoint"},
     "validation": {"llamacpp"},

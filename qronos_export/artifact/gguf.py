@@ -8,6 +8,7 @@ once, also through fused or stacked (mixture-of-experts) tensors. There is no na
 from __future__ import annotations
 
 import hashlib
+import os
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -34,6 +35,11 @@ TYPES: dict[int, tuple[str, int, int]] = {  # ggml's number -> name, weights a b
     },
 }
 """Every type a file may hold: upstream's package knows some, we know others."""
+
+
+SCALED_ARCHITECTURES = frozenset({"llama", "qwen3", "qwen3moe"})
+"""Where llama.cpp's graph multiplies with the `.scale` beside a tensor of a block. It loads such scales for every
+architecture, but most graphs ignore those of the feed-forward part (b11549, src/models); these are tested."""
 
 
 @dataclass(frozen=True)
@@ -115,6 +121,16 @@ class GGUFFile:
         """Stored bits of all tensors divided by their weights."""
         tensors = self.tensors.values()
         return 8 * sum(t.nbytes for t in tensors) / sum(t.rows * t.columns for t in tensors)
+
+    def may_have_scale(self, tensor: StoredTensor) -> bool:
+        """Whether llama.cpp multiplies what `tensor` computes with a `.scale` beside it."""
+        architecture = self.reader.fields.get(gguf.Keys.General.ARCHITECTURE)
+        return (
+            architecture is not None
+            and architecture.contents() in SCALED_ARCHITECTURES
+            and tensor.name.startswith("blk.")
+            and f"{tensor.name.removesuffix('.weight')}.bias" not in self.tensors  # refused by llama.cpp's graph
+        )
 
     def bytes(self, name: str, first: int = 0, rows: int | None = None) -> np.ndarray:
         """Raw bytes of `rows` rows from row `first`: uint8 [rows, row_bytes]."""
@@ -251,12 +267,10 @@ class BlockStore:
             self._missing[name] = tensor.rows
             self._scales[name] = torch.full((tensor.experts,), torch.nan)
         self._set_scales(name, tensor.expert(file_rows), scales.cpu())
-        data = np.memmap(
-            self._path(name),
-            dtype=np.uint8,
-            mode="w+" if fresh else "r+",
-            shape=(tensor.rows, fmt.row_bytes(tensor.columns)),
-        )
+        shape = tensor.rows, fmt.row_bytes(tensor.columns)
+        if fresh:
+            _reserve(self._path(name), shape[0] * shape[1])
+        data = np.memmap(self._path(name), dtype=np.uint8, mode="r+", shape=shape)
         data[file_rows.numpy()] = blocks.cpu().numpy()
         data.flush()
         self._calibrated[name][file_rows] = row_hashes(values).cpu()
@@ -293,6 +307,16 @@ class BlockStore:
 
     def _path(self, name: str) -> Path:
         return self._folder / f"{hashlib.sha256(name.encode()).hexdigest()[:24]}.blocks"
+
+
+def _reserve(path: Path, size: int) -> None:
+    """A file of `size` bytes whose space is taken: a full disk is an OSError here, in a mapped file it kills."""
+    with path.open("wb") as file:
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(file.fileno(), 0, size)
+        else:
+            for start in range(0, size, _CHUNK):
+                file.write(bytes(min(_CHUNK, size - start)))
 
 
 def write_gguf(source: GGUFFile, store: BlockStore, file_type: int, destination: Path) -> None:
@@ -363,13 +387,14 @@ def verify_gguf(path: Path, source: GGUFFile, store: BlockStore) -> GGUFFile:
     return written
 
 
+UNKNOWN_UPSTREAM = frozenset({"Q1_0", "Q2_0"})
+"""Types that gguf-py has no dequantize for."""
 _NUMBERS = {name: number for number, (name, *_) in TYPES.items()}
 
 
 def _upstream(data: np.ndarray, fmt: BlockFormat) -> np.ndarray | None:
     """gguf-py's dequantize, which wants F32 and F16 as such and everything else as bytes; None for types it lacks."""
-    typed = data.view({"F32": np.float32, "F16": np.float16}.get(fmt.name, np.uint8))
-    try:
-        return gguf.quants.dequantize(typed, gguf.GGMLQuantizationType[fmt.name])
-    except (KeyError, NotImplementedError):
+    if fmt.name in UNKNOWN_UPSTREAM:
         return None
+    typed = data.view({"F32": np.float32, "F16": np.float16}.get(fmt.name, np.uint8))
+    return gguf.quants.dequantize(typed, gguf.GGMLQuantizationType[fmt.name])

@@ -40,8 +40,8 @@ def gpfq(weight: Tensor, stats: LayerStats, fmt: BlockFormat, settings: Settings
         codes, grid, _ = sweep(
             weight + shift, -feedback, fmt, importance=diagonal, order=order, grid=grid, anchor=weight
         )
-    except DivergedError as error:
-        return rtn(weight, stats, fmt, settings, note=f"{error}; rounded to nearest")
+    except DivergedError as diverged:
+        return rtn(weight, stats, fmt, settings, note=f"{diverged}; rounded to nearest")
     packed = QuantizedWeight(fmt, fmt.pack(codes, grid), (weight.shape[0], weight.shape[1]))
     error = grid.values(codes) - weight
     return Rounded(packed, ((error @ hessian) * error).sum(1), None, 0.0, "gpfq")
