@@ -24,7 +24,7 @@ from qronos_export.errors import CheckpointError
 from qronos_export.statistics import LayerStats
 from qronos_export.suspended import Block, Routed, Stop, expert_inner, expert_matrices, is_experts
 
-PHASES = ("load", "calibration", "forward", "statistics", "rounding", "write", "validate")
+PHASES = ("load", "calibration", "transforms", "forward", "statistics", "rounding", "write", "validate")
 
 
 @dataclass

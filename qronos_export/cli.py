@@ -85,6 +85,10 @@ def quantize(
     output_type: Annotated[str | None, typer.Option(help="Type of the output matrix; otherwise the mix's.")] = None,
     embedding_type: Annotated[str | None, typer.Option(help="Type of the embedding; otherwise the mix's.")] = None,
     pure: Annotated[bool | None, typer.Option("--pure", help="One type for all tensors, no mix.")] = None,
+    transforms: Annotated[
+        str | None,
+        typer.Option(help="Done to the weights before, comma separated: hadamard, smoothquant, awq, aqas."),
+    ] = None,
     method: Annotated[str | None, _setting("method", "qronos, gptq, gpfq or rtn.")] = None,
     calibration: Annotated[
         str | None, _setting("calibration", "Text file, hf:NAME[:CONFIG[:SPLIT]], or self: sampled from the model.")

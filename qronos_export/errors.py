@@ -4,6 +4,7 @@
     ├── UsageError            the request contradicts itself                       exit 2
     ├── CheckpointError       the model cannot be found, read or trusted
     ├── CalibrationError      the calibration text is missing, too short or unusable
+    ├── TransformError        a transform and the model do not fit together
     ├── PlanError             a tensor and the wanted format do not fit together
     ├── ArtifactError         the written file is not what was calibrated
     ├── OutputError           the place to write to: occupied, full, read-only
@@ -29,6 +30,10 @@ class CheckpointError(QronosError):
 
 
 class CalibrationError(QronosError):
+    pass
+
+
+class TransformError(QronosError):
     pass
 
 

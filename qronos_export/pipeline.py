@@ -29,6 +29,7 @@ from qronos_export.recipe import Recipe
 from qronos_export.report import Artifact, LayerReport, RunReport
 from qronos_export.rounding import ROUNDERS, Settings
 from qronos_export.statistics import LayerStats
+from qronos_export.transformed import PROBE, need_inputs, transformed
 from qronos_export.validation import Reference, Validation
 
 OUTTYPES = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
@@ -109,6 +110,29 @@ def run(
         if held and text:
             corpus.check_length(text, checkpoint, 2 * held.context)
         clock = Clock()
+        result = RunReport(
+            model={"name": checkpoint.name, "source": checkpoint.source, "revision": checkpoint.revision},
+            recipe=replayable(recipe, checkpoint, device).to_json(),
+            versions=report.versions(llamacpp.version),
+            device=str(device),
+        )
+        original, tokens = checkpoint, None
+        transforms = recipe.transform_names
+        if transforms:
+            if recipe.method != "rtn" or need_inputs(transforms):
+                yield Stage("calibration text")
+                tokens = _draw(recipe, original, device, result, clock, on_progress)
+            yield Stage("transforms")
+            checkpoint = transformed(
+                original,
+                transforms,
+                tokens=PROBE.to(device) if tokens is None else tokens,
+                format=recipe.formats[0],
+                seed=recipe.seed,
+                micro_batch=recipe.micro_batch,
+                folder=folder / "transformed",
+            )
+            clock.lap("transforms")
         source = gguf.GGUFFile(float_file(checkpoint, llamacpp, folder))
         outputs = [
             Output(choose_types(source, name, recipe, llamacpp), gguf.BlockStore(folder / name), path)
@@ -120,28 +144,13 @@ def run(
         model = LazyModel(checkpoint, device)
         clock.lap("load")
 
-        result = RunReport(
-            model={"name": checkpoint.name, "source": checkpoint.source, "revision": checkpoint.revision},
-            recipe=replayable(recipe, checkpoint, device).to_json(),
-            versions=report.versions(llamacpp.version),
-            device=str(device),
-        )
         if recipe.method == "rtn":
             rounded = round_to_nearest(model, plan, outputs, clock)
         else:
-            yield Stage("calibration text")
-            tokens = corpus.calibration_tokens(
-                recipe.calibration,
-                checkpoint,
-                samples=recipe.samples,
-                length=recipe.sequence_length,
-                seed=recipe.seed,
-                device=device,
-                on_progress=on_progress,
-            )
-            clock.lap("calibration")
-            result.calibration = {"text": tokens.description, "tokens": tokens.tokens.numel(), "sha256": tokens.sha256}
-            rounded = calibrate(model, plan, outputs, tokens.tokens.to(device), recipe, clock)
+            if tokens is None:
+                yield Stage("calibration text")
+                tokens = _draw(recipe, original, device, result, clock, on_progress)
+            rounded = calibrate(model, plan, outputs, tokens, recipe, clock)
 
         yield Stage("layers", sum(len(each.mix.quantized) for each in outputs))
         finished: set[tuple[str, str]] = set()
@@ -172,7 +181,7 @@ def run(
         if held and text:
             yield Stage("validate: float model")
             with Reference(
-                source.path,
+                source.path if checkpoint is original else float_file(original, llamacpp, folder / "original"),
                 text,
                 llamacpp=llamacpp,
                 workspace=folder,
@@ -187,6 +196,29 @@ def run(
                     result.seconds = {**clock.seconds, "total": time.perf_counter() - begun}
                     result.write(report_path)
     yield Finished(result, output)
+
+
+def _draw(
+    recipe: Recipe,
+    checkpoint: Checkpoint,
+    device: torch.device,
+    result: RunReport,
+    clock: Clock,
+    on_progress: Callable[[int, int], None] | None,
+) -> torch.Tensor:
+    """The calibration tokens on `device`: int64 [samples, sequence_length]; `result` says where they came from."""
+    drawn = corpus.calibration_tokens(
+        recipe.calibration,
+        checkpoint,
+        samples=recipe.samples,
+        length=recipe.sequence_length,
+        seed=recipe.seed,
+        device=device,
+        on_progress=on_progress,
+    )
+    clock.lap("calibration")
+    result.calibration = {"text": drawn.description, "tokens": drawn.tokens.numel(), "sha256": drawn.sha256}
+    return drawn.tokens.to(device)
 
 
 @dataclass(frozen=True)
@@ -384,6 +416,7 @@ def float_file(checkpoint: Checkpoint, llamacpp: LlamaCpp, folder: Path) -> Path
     """The checkpoint as upstream's converter writes it, in the dtype it is stored in; or the GGUF the user gave."""
     if checkpoint.float_gguf is not None:
         return checkpoint.float_gguf
+    folder.mkdir(exist_ok=True)
     destination = folder / f"{checkpoint.name}-float.gguf"
     llamacpp.convert(checkpoint.folder, destination, OUTTYPES.get(checkpoint.dtype, "f32"))
     return destination

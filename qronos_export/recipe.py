@@ -11,6 +11,7 @@ from typing import Any
 from qronos_export.errors import UsageError
 
 METHODS = ("qronos", "gptq", "gpfq", "rtn")
+TRANSFORMS = ("hadamard", "smoothquant", "awq", "aqas")
 ORDERS = ("natural", "descending")
 
 
@@ -23,6 +24,7 @@ class Recipe:
     overrides:        globs of GGUF tensor names -> type; the first that fits counts.
     output_type, embedding_type: type of the output matrix and of the token embedding; None leaves them to llama.cpp.
     pure:             one type for all tensors instead of llama.cpp's mix.
+    transforms:       done to the weights before, in this order, comma separated: hadamard, smoothquant, awq, aqas.
     method:           qronos, gptq, gpfq or rtn.
     damping:          α in λ = α · mean(diag H).
     shrinkage:        β in G_β = H + β(G − H): how far the measured mismatch of the two streams is trusted.
@@ -38,6 +40,7 @@ class Recipe:
     output_type: str | None = None
     embedding_type: str | None = None
     pure: bool = False
+    transforms: str = ""
     method: str = "qronos"
     damping: float = 3e-2
     shrinkage: float = 0.5
@@ -52,6 +55,8 @@ class Recipe:
     def __post_init__(self) -> None:
         if not all(self.formats) or len(set(self.formats)) < len(self.formats):
             raise UsageError(f"format is {self.format!r}; expected names such as Q4_0 or Q4_0,Q4_K_M, each once.")
+        for name in self.transform_names:
+            _one_of("transforms", name, TRANSFORMS)
         _one_of("method", self.method, METHODS)
         _one_of("order", self.order, ORDERS)
         for name in ("samples", "sequence_length", "micro_batch"):
@@ -65,6 +70,10 @@ class Recipe:
     @property
     def formats(self) -> list[str]:
         return [name.strip().upper() for name in self.format.split(",")]
+
+    @property
+    def transform_names(self) -> list[str]:
+        return [name.strip() for name in self.transforms.split(",")] if self.transforms else []
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)

@@ -29,11 +29,13 @@ INSIDE = {  # a module of qronos_export, and what else of qronos_export it may i
     "__main__": {"cli"},
     "pipeline": {
         "artifact", "calibration", "checkpoint", "corpus", "layers", "llamacpp", "plan", "recipe", "report", "rounding",
-        "validation",
+        "transformed", "validation",
     },
     "layers": {"artifact", "calibration", "plan", "report", "rounding"},
     "plan": {"artifact", "recipe"},
     "calibration": {"suspended"},
+    "transforms": {"suspended"},
+    "transformed": {"calibration", "checkpoint", "transforms"},
     "corpus": {"checkpoint"},
     "validation": {"llamacpp"},
     "llamacpp": {"llamacpp_log", "llamacpp_build"},
@@ -64,7 +66,14 @@ def violations(path: str, source: str) -> list[str]:
         top, _, rest = module.partition(".")
         inner = rest.split(".")[0] if not rest.startswith("__") else ""
         if top == "formats":
-            allowed = path.startswith("formats/") or own in {"rounding", "layers", "plan", "artifact", "cli"}
+            allowed = path.startswith("formats/") or own in {
+                "rounding",
+                "transforms",
+                "layers",
+                "plan",
+                "artifact",
+                "cli",
+            }
         elif top == "qronos_export":
             reachable = LEAVES if own in LEAVES or own == "__init__" else LEAVES | INSIDE.get(own, set()) | {own}
             allowed = path.startswith("qronos_export/") and inner in reachable

@@ -7,5 +7,6 @@ weights that are already quantized and code that comes with a checkpoint (unless
 from .lazy import LazyModel, load_whole
 from .source import Checkpoint, open_checkpoint
 from .tokens import opening_token, tokenizer
+from .writer import CheckpointWriter
 
-__all__ = ["Checkpoint", "LazyModel", "load_whole", "open_checkpoint", "opening_token", "tokenizer"]
+__all__ = ["Checkpoint", "CheckpointWriter", "LazyModel", "load_whole", "open_checkpoint", "opening_token", "tokenizer"]

@@ -1,0 +1,54 @@
+"""A transformed model in llama.cpp: the same function as a float file; its quantized file, against the original."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from qronos_export import pipeline
+from qronos_export.checkpoint import open_checkpoint
+from qronos_export.llamacpp import LlamaCpp
+from qronos_export.recipe import TRANSFORMS, Recipe, recipe_from
+from qronos_export.transformed import PROBE, transformed
+from qronos_export.validation import Reference
+from tests.families import make
+
+
+@pytest.mark.parametrize("family", ["llama_tied", "qwen3_moe", "phi3"])
+def test_llamacpp_computes_the_same(family: str, llamacpp: LlamaCpp, english: Path, tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(str(make(family, tmp_path / "tiny")))
+    after = transformed(
+        checkpoint, TRANSFORMS, tokens=PROBE.repeat(8, 1), format="Q4_0", seed=0, micro_batch=8, folder=tmp_path
+    )
+    before = llamacpp.convert(checkpoint.folder, tmp_path / "before.gguf", "f32")
+    file = llamacpp.convert(after.folder, tmp_path / "after.gguf", "f32")
+    with Reference(before, english, llamacpp=llamacpp, workspace=tmp_path, context=64, chunks=8) as reference:
+        measured = reference.compare(file)
+    assert measured.perplexity == pytest.approx(measured.perplexity_reference, rel=1e-3)  # float16 keys and values
+    assert abs(measured.kl_divergence) < 1e-5
+    assert measured.same_top > 99
+
+
+@pytest.mark.parametrize("method", ["qronos", "rtn"])
+def test_files_are_held_against_the_original(method: str, llamacpp: LlamaCpp, english: Path, tmp_path: Path) -> None:
+    recipe = Recipe(
+        str(make("llama", tmp_path / "tiny")), "Q8_0", transforms="hadamard", method=method, calibration=str(english),
+        samples=8, sequence_length=64, device="cpu",
+    )  # fmt: skip
+    held = pipeline.Held(english, context=64, chunks=8)
+    *_, finished = pipeline.run(recipe, tmp_path / "out", llamacpp=llamacpp, held=held)
+    assert isinstance(finished, pipeline.Finished)
+    (artifact,) = finished.report.artifacts
+    assert artifact.validation is not None
+    plain = llamacpp.convert(Path(recipe.model), tmp_path / "plain.gguf", "f32")
+    alone = llamacpp.perplexity(plain, english, context=64, chunks=8).value
+    assert artifact.validation["perplexity_reference"] == pytest.approx(alone, rel=1e-6)
+    assert 0 < artifact.validation["kl_divergence"] < 0.01
+    assert finished.report.seconds["transforms"] > 0
+    assert (finished.report.calibration is None) == (method == "rtn")
+    again = recipe_from(finished.report.to_json()["recipe"], "report.json")
+    *_, repeated = pipeline.run(replace(again), tmp_path / "again", llamacpp=llamacpp, held=None)
+    assert isinstance(repeated, pipeline.Finished)
+    assert repeated.report.artifacts[0].sha256 == artifact.sha256

@@ -1,0 +1,154 @@
+"""Applies transforms to a checkpoint: another checkpoint comes out, block by block, that computes the same.
+
+After the last one logits of both are compared; whatever misread the architecture shows there and is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from qronos_export import calibration
+from qronos_export.calibration import MicroBatch
+from qronos_export.checkpoint import Checkpoint, CheckpointWriter, LazyModel, open_checkpoint
+from qronos_export.errors import TransformError
+from qronos_export.memory import give_back
+from qronos_export.transforms import TRANSFORMS, InputStats, Outside, Transform
+from qronos_export.transforms.anatomy import Anatomy, dissect
+
+SAME = 1e-3  # largest difference of logits that is arithmetic, as a share of the largest logit
+PROBE = torch.arange(5, 37)[None]  # int64 [1, 32], any tokens: what a transform without inputs is shown
+_PROBED = PROBE.shape[1]  # tokens that show how a block is joined, and that logits are compared on
+_SAMPLE = 512  # inputs kept per module for searches that round them
+
+
+def need_inputs(names: Iterable[str]) -> bool:
+    """Whether one of the transforms looks at calibration tokens."""
+    return any(TRANSFORMS[name]("Q4_0", 0).needs_inputs for name in names)
+
+
+def transformed(
+    checkpoint: Checkpoint,
+    names: Iterable[str],
+    *,
+    tokens: Tensor,
+    format: str,
+    seed: int,
+    micro_batch: int,
+    folder: Path,
+) -> Checkpoint:
+    """`checkpoint` after the transforms `names`, written below `folder`; named like the original.
+
+    tokens: int64 [samples, length] on the device to compute on; some transforms look at the inputs they cause.
+    Raises TransformError where one does not fit the model, or where the result does not compute the same.
+    """
+    source = checkpoint
+    for number, name in enumerate(names):
+        try:
+            target = folder / f"{number}-{name}"
+            _apply(TRANSFORMS[name](format, seed + number), source, target, tokens, micro_batch)
+        except TransformError as error:
+            raise TransformError(f"{name} does not fit {checkpoint.name}: {error}.") from error
+        source = replace(
+            open_checkpoint(str(target), trust_remote_code=checkpoint.trust_remote_code),
+            name=checkpoint.name,
+            source=checkpoint.source,
+        )
+    before, after = (logits(each, tokens[:1, :_PROBED]) for each in (checkpoint, source))
+    off = float((after - before).abs().max() / before.abs().max())
+    if not off < SAME:
+        raise TransformError(
+            f"{', '.join(names)} changed what {checkpoint.name} computes (logits by {off:.1e}); its architecture has "
+            "connections these transforms do not know. Leave them out."
+        )
+    return source
+
+
+def _apply(transform: Transform, checkpoint: Checkpoint, target: Path, tokens: Tensor, micro_batch: int) -> None:
+    model = LazyModel(checkpoint, tokens.device)
+    decoder = calibration.Decoder(model.model.get_decoder(), model.blocks)
+    (probe,) = calibration.enter(decoder, tokens[:1, :_PROBED], 1)
+    batches = calibration.enter(decoder, tokens, micro_batch) if transform.needs_inputs else []
+    head, tied = model.head, model.tied
+    if head is None:
+        raise TransformError("it has no output matrix")
+    if tied and transform.unties:
+        head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)
+        tied = False
+    norm = _final_norm(model.model.get_decoder(), model.embedding.weight.shape[1])
+    transform.outside(Outside(model.embedding, norm, head))
+    writer = CheckpointWriter(model, target)
+    for index in range(len(model.blocks)):
+        module = model.load_block(index)
+        anatomy = dissect(module, probe.x, probe.arguments[index])
+        transform.block(anatomy, _observe(module, index, anatomy, batches) if batches else {})
+        writer.block(index)
+        model.release_block(index)
+        give_back()
+    writer.close(tied=tied)
+
+
+def _final_norm(decoder: nn.Module, size: int) -> nn.Module:
+    """The norm in front of the head: the decoder's only child with one weight per hidden number."""
+    for _, child in decoder.named_children():
+        weight = getattr(child, "weight", None)
+        if isinstance(weight, Tensor) and weight.shape == (size,):
+            return child
+    raise TransformError(f"{type(decoder).__name__} has no final norm we know")
+
+
+@torch.no_grad()
+def _observe(module: nn.Module, index: int, anatomy: Anatomy, batches: list[MicroBatch]) -> dict[str, InputStats]:
+    """Run the block on all `batches`, which then hold its outputs; what came into the modules that scales concern."""
+    modules = dict(module.named_modules())
+    places = [reader.name for norm in anatomy.norms for reader in norm.readers[:1]]
+    places += [pair.second.name for pair in anatomy.pairs if pair.second.name in modules]
+    stats: dict[str, InputStats] = {}
+    seen: dict[str, int] = {}
+
+    def hook(name: str) -> None:
+        def observe(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+            x = args[0].flatten(0, -2).float()
+            before, total = seen.get(name, 0), seen.get(name, 0) + len(x)
+            if name not in stats:
+                zeros = torch.zeros(x.shape[1], x.shape[1], device=x.device)
+                stats[name] = InputStats(zeros, zeros[0].clone(), x[:0])
+            known = stats[name]
+            known.hessian.addmm_(x.T, x, beta=before / total, alpha=1 / total)
+            known.largest = torch.maximum(known.largest, x.abs().amax(0))
+            share = -(-_SAMPLE // len(batches))
+            known.sample = torch.cat([known.sample, x[:: max(1, len(x) // share)][:share]])
+            seen[name] = total
+
+        handles.append(modules[name].register_forward_pre_hook(observe))
+
+    handles: list = []
+    for name in dict.fromkeys(places):
+        if name in modules:
+            hook(name)
+    try:
+        for batch in batches:
+            output = module(batch.x, **batch.arguments[index])
+            batch.x = output[0] if isinstance(output, tuple) else output
+    finally:
+        for handle in handles:
+            handle.remove()
+    return stats
+
+
+@torch.no_grad()
+def logits(checkpoint: Checkpoint, tokens: Tensor) -> Tensor:
+    """What the head returns, before any cap of the model's: float32 [sequences, length, vocabulary], block by block."""
+    model = LazyModel(checkpoint, tokens.device)
+    decoder = calibration.Decoder(model.model.get_decoder(), model.blocks)
+    (batch,) = calibration.enter(decoder, tokens, len(tokens))
+    for index in range(len(model.blocks)):
+        output = model.load_block(index)(batch.x, **batch.arguments[index])
+        batch.x = output[0] if isinstance(output, tuple) else output
+        model.release_block(index)
+    assert model.head is not None
+    return model.head(decoder.leave(tokens, batch.x)).float()

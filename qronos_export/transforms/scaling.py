@@ -1,0 +1,138 @@
+"""Scales between a norm and the matrices that read it, between v and o, and between up and down.
+
+Column j of what reads is multiplied by s_j and what feeds it divided by s_j: the product stays, the rounding changes.
+
+    smoothquant  s_j = max|x_j|^a / max|w_j|^(1 − a), a = 1/2           arXiv 2211.10438
+    awq          s_j = rms(x_j)^a, the a of 20 with the least ‖(Q(Ws)/s − W) X‖²   arXiv 2306.00978
+    aqas         s as smoothquant's, the a of 20 with the least ‖Q(Ws) Q(x/s) − Wx‖²   arXiv 2311.05161
+
+Q rounds weights to the artifact's format, and for aqas the inputs to eight bits per token. The identity is always among
+the candidates, so a search never makes its own objective worse.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from formats import FORMATS, BlockFormat
+from qronos_export.transforms.anatomy import Anatomy, Norm, Pair
+from qronos_export.transforms.transform import Inputs, InputStats, Transform
+
+STEPS = 20
+
+
+class Scaling(Transform):
+    """Finds factors for every place of a block that can take them. Subclasses say which."""
+
+    needs_inputs = True
+
+    def __init__(self, format: str) -> None:
+        self._format = format
+
+    def block(self, anatomy: Anatomy, inputs: Inputs) -> None:
+        for norm in anatomy.norms:
+            known = next((inputs[r.name] for r in norm.readers if r.name in inputs), None)
+            if known is not None:
+                scale_norm(norm, self._factors([r.weight.float() for r in norm.readers], known))
+        for pair in anatomy.pairs:
+            if pair.second.name in inputs:
+                scale_pair(pair, self._factors([pair.second.weight.float()], inputs[pair.second.name], pair.copies))
+
+    def _factors(self, weights: list[Tensor], inputs: InputStats, copies: Tensor | None = None) -> Tensor:
+        """s [inputs], or [rows of copies] where inputs must share theirs."""
+        return self.factors(weights, inputs, lambda s: s if copies is None else shared(s, copies))
+
+    @abstractmethod
+    def factors(self, weights: list[Tensor], inputs: InputStats, share: Callable[[Tensor], Tensor]) -> Tensor:
+        """Factors for the columns of all `weights` [out, in]; `share` makes equal what must be, [in] → [in]."""
+
+
+def scale_norm(norm: Norm, factors: Tensor) -> None:
+    """Divide what `norm` returns by `factors` [hidden], and make up for it in its readers."""
+    factors = factors.double()
+    norm.set_gain(norm.gain / factors)
+    if (bias := getattr(norm.module, "bias", None)) is not None:
+        bias.copy_(bias.double() / factors)
+    for reader in norm.readers:
+        reader.map_inputs(factors)
+
+
+def scale_pair(pair: Pair, factors: Tensor) -> None:
+    """Multiply the columns of `pair.second` by `factors` [its inputs], and make up for it in `pair.first`."""
+    pair.scale(factors.double()[pair.copies[:, 0]])
+
+
+def shared(factors: Tensor, copies: Tensor) -> Tensor:
+    """The geometric mean over columns that one row feeds."""
+    result = factors.clone()
+    result[copies] = factors[copies].log().mean(1, keepdim=True).exp().expand(copies.shape)
+    return result
+
+
+class SmoothQuant(Scaling):
+    def factors(self, weights: list[Tensor], inputs: InputStats, share: Callable[[Tensor], Tensor]) -> Tensor:
+        return share(_smooth(weights, inputs, 0.5))
+
+
+class AWQ(Scaling):
+    def factors(self, weights: list[Tensor], inputs: InputStats, share: Callable[[Tensor], Tensor]) -> Tensor:
+        power = inputs.hessian.diagonal()
+        rms = power.clamp(min=float(power.mean()) * 1e-8 + 1e-30).sqrt()
+
+        def error(s: Tensor) -> float:
+            return sum(_weight_error(weight, s, inputs.hessian, self._format) for weight in weights)
+
+        return _best([share(_centred(rms ** (step / STEPS))) for step in range(STEPS)], error)
+
+
+class AQAS(Scaling):
+    def factors(self, weights: list[Tensor], inputs: InputStats, share: Callable[[Tensor], Tensor]) -> Tensor:
+        def error(s: Tensor) -> float:
+            rounded = _eight_bits(inputs.sample / s)
+            return sum(
+                float((rounded @ _rounded(weight * s, self._format).T - inputs.sample @ weight.T).square().sum())
+                for weight in weights
+            )
+
+        candidates = [share(_smooth(weights, inputs, step / STEPS)) for step in range(1, STEPS)]
+        return _best([torch.ones_like(candidates[0]), *candidates], error)
+
+
+def _smooth(weights: list[Tensor], inputs: InputStats, migration: float) -> Tensor:
+    largest = torch.stack([weight.abs().amax(0) for weight in weights]).amax(0)
+    return _centred(inputs.largest.clamp(min=1e-5) ** migration / largest.clamp(min=1e-5) ** (1 - migration))
+
+
+def _centred(factors: Tensor) -> Tensor:
+    """Scaled to a geometric mean of one; what a format's blocks share is no matter of a common factor."""
+    return factors / factors.log().mean().exp()
+
+
+def _best(candidates: list[Tensor], error: Callable[[Tensor], float]) -> Tensor:
+    return min(candidates, key=error)
+
+
+def _weight_error(weight: Tensor, s: Tensor, hessian: Tensor, format: str) -> float:
+    error = _rounded(weight * s, format, hessian.diagonal() / s.square()) / s - weight
+    return float(torch.linalg.vecdot(error @ hessian, error).sum())
+
+
+def _rounded(weight: Tensor, format: str, importance: Tensor | None = None) -> Tensor:
+    fmt = search_format(format, weight.shape[1])
+    return fmt.dequantize(fmt.quantize(weight, importance))
+
+
+def search_format(name: str, columns: int) -> BlockFormat:
+    """The type a search rounds to: by the artifact's name (Q4_K for Q4_K_M), or Q4_0 where its blocks do not divide."""
+    fmt = next((FORMATS[n] for n in (name, name.rpartition("_")[0]) if n in FORMATS), FORMATS["Q4_0"])
+    return fmt if columns % fmt.block_size == 0 else FORMATS["Q4_0"]
+
+
+def _eight_bits(x: Tensor) -> Tensor:
+    """Each row to 255 even levels around zero."""
+    scale = x.abs().amax(1, keepdim=True).clamp(min=1e-30) / 127
+    return (x / scale).round() * scale
