@@ -273,12 +273,12 @@ def test_logits_are_those_of_the_dequantized_torch_model(
     assert {target.tensor for target in targets} == set(export.quantized)
     put_back(export, model, targets)
     # The scores are kept in 16 bits over 16 nats: half a step is 1.2e-4. ggml reads GELU from a table of fp16 numbers.
-    tolerance = 6e-3 if export.case.family == "gemma3" else 3e-4
-    assert largest_difference(export, model, run.scores) < tolerance
+    gelu = export.case.family == "gemma3"
+    assert largest_difference(export, model, run.scores) < (6e-3 if gelu else 3e-4)
     expected = log_probabilities(export, model, run.scores.tokens)
     scored = run.scores.tokens[:, CONTEXT // 2 + 1 :]
     perplexity = float((-expected.gather(-1, scored[..., None])).mean().exp())
-    assert run.exact.value == pytest.approx(perplexity, rel=5e-5)
+    assert run.exact.value == pytest.approx(perplexity, rel=5e-4 if gelu else 5e-5)
     # As it is, the file runs on activations of 8 bits: up to 1.1 % was seen on these random, very unsure models.
     assert run.file.value == pytest.approx(perplexity, rel=0.03)
 
