@@ -10,6 +10,8 @@
     Q8_0    fp16 d | 32 × int8 q                                                          w = d·q, −127 ≤ q ≤ 127
 
 Codes of Q4_0 are −8 … 7: the grid is lopsided, so the *sign* of its scale matters and is searched too.
+
+Layouts: ggml/src/ggml-common.h of llama.cpp b11549, block_q4_0 and its neighbours.
 """
 
 from __future__ import annotations

@@ -5,6 +5,8 @@ IQ4_XS  fp16 d | u16 high pairs of sc | 4 × low nibbles of sc | 128 × nibbles
                                                                            blocks of 256;  w = d·(sc − 32)·level[q]
 
 IQ4_XS, sub-blocks of 32: nibbles as in Q4_0 for each; sc[j] = low nibble j (lowest first) | high pair j << 4
+
+Layouts: ggml/src/ggml-common.h of llama.cpp b11549, block_iq4_nl, block_iq4_xs and kvalues_iq4nl.
 """
 
 from __future__ import annotations

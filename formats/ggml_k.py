@@ -24,6 +24,8 @@ Sub-blocks are 16 weights in Q2_K, Q3_K and Q6_K, 32 in Q4_K and Q5_K. Where the
         low nibbles: sc[j] = b[j] & 15, sc[8 + j] = b[j] >> 4;    high pairs: sc[4p + k] at bit 2p of b[8 + k]
 
 llama.cpp stores the output matrix of Q4_0 and most other files as Q6_K where 256 divides its rows.
+
+Layouts: ggml/src/ggml-common.h of llama.cpp b11549, block_q2_K … block_q6_K.
 """
 
 from __future__ import annotations

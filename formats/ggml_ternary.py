@@ -7,6 +7,8 @@ TQ1_0: digit n of bytes 0 … 31 is w[32n + l], of bytes 32 … 47 w[160 + 16n +
 Digit 0 is the most significant of five; a byte is the number v of 0 … 242 as ⌈256 v / 243⌉, so that digits fall out
 by multiplying by 3 and taking the carry.
 TQ2_0: of each 128 weights w[32p + l] is at bit 2p of byte l.
+
+Layouts: ggml/src/ggml-common.h of llama.cpp b11549, block_tq1_0 and block_tq2_0.
 """
 
 from __future__ import annotations

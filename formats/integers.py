@@ -24,6 +24,7 @@ class IntegerGrid(BlockFormat):
     """fp16 s | u8 z unless symmetric | codes;  w = s·q or s·(q − z).
 
     group: weights under one scale; the length of a row for one scale per output channel.
+    s has the sign that suits the group: the level −2^(bits − 1) has no counterpart.
     """
 
     ggml_type = None

@@ -162,12 +162,21 @@ def test_wishes_go_where_llama_quantize_puts_them(llamacpp: LlamaCpp, tmp_path: 
     assert types(pure["Q3_K_M"]) == types(theirs)
 
 
-@pytest.mark.parametrize("method", ["qronos", "gptq"])
+@pytest.mark.parametrize(
+    ("method", "model", "names"),
+    [
+        ("qronos", "whole", ["Q4_0", "Q2_K", "IQ4_XS"]),
+        ("gptq", "whole", ["Q4_0", "Q2_K"]),
+        ("qronos", "experts", ["NVFP4", "Q4_K_M"]),  # each stream routes tokens its own way; scales beside tensors
+        ("qronos", "tied", ["Q5_0", "Q3_K_M"]),  # substitutes
+    ],
+)
 def test_formats_of_one_run_are_those_of_runs_alone(
-    llamacpp: LlamaCpp, english: Path, tmp_path: Path, method: str
+    llamacpp: LlamaCpp, english: Path, tmp_path: Path, method: str, model: str, names: list[str]
 ) -> None:
     """The shared float stream changes nothing: same bytes, same errors."""
-    checkpoint = make("llama", tmp_path / "tiny", hidden_size=256, num_hidden_layers=2)
+    family, config = MODELS[model]
+    checkpoint = make(family, tmp_path / "tiny", **config)
 
     def once(formats: str, output: str) -> RunReport:
         recipe = Recipe(
@@ -177,8 +186,8 @@ def test_formats_of_one_run_are_those_of_runs_alone(
         report, _ = run(recipe, tmp_path / output, llamacpp)
         return report
 
-    together = once("Q4_0,Q2_K,IQ4_XS", "together")
-    alone = [once(name, name) for name in ("Q4_0", "Q2_K", "IQ4_XS")]
+    together = once(",".join(names), "together")
+    alone = [once(name, name) for name in names]
     assert [a.sha256 for a in together.artifacts] == [report.artifacts[0].sha256 for report in alone]
     for report in alone:
         (artifact,) = report.artifacts
