@@ -100,7 +100,9 @@ def quantize(
     shrinkage: Annotated[
         float | None, _setting("shrinkage", "How far the measured mismatch of the streams is trusted, 0 to 1.")
     ] = None,
-    order: Annotated[str | None, _setting("order", "Columns: natural or descending.")] = None,
+    order: Annotated[
+        str | None, _setting("order", "Columns: natural, descending, or blocks: heavy ones first.")
+    ] = None,
     micro_batch: Annotated[int | None, _setting("micro_batch", "Sequences run at a time.")] = None,
     device: Annotated[str | None, _setting("device", "auto, cpu, cuda or cuda:i.")] = None,
     recipe: Annotated[

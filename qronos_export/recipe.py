@@ -12,7 +12,7 @@ from qronos_export.errors import UsageError
 
 METHODS = ("qronos", "gptq", "gpfq", "rtn")
 TRANSFORMS = ("hadamard", "smoothquant", "awq", "aqas")
-ORDERS = ("natural", "descending")
+ORDERS = ("natural", "descending", "blocks")
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,8 @@ class Recipe:
     method:           qronos, gptq, gpfq or rtn.
     damping:          α in λ = α · mean(diag H).
     shrinkage:        β in G_β = H + β(G − H): how far the measured mismatch of the two streams is trusted.
-    order:            natural (scales follow the diffused weights) or descending (by diag H, scales fixed beforehand).
+    order:            natural, descending (by diag H, scales fixed beforehand), or blocks: blocks with heavy inputs
+                      first, in them heavy columns; in natural and blocks the scales follow the diffused weights.
     calibration:      a text file, `hf:NAME[:CONFIG[:SPLIT]]`, or `self` for text sampled from the model.
     samples, sequence_length: calibration tokens = samples × sequence_length.
     micro_batch:      sequences run at a time.

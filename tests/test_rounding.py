@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from formats import FORMATS, BlockFormat, IntegerGrid
+from qronos_export.recipe import ORDERS
 from qronos_export.rounding import ROUNDERS, Settings, gpfq, gptq, qronos, rtn
-from qronos_export.rounding.least_squares import normal_equations
+from qronos_export.rounding.least_squares import column_order, normal_equations
 from qronos_export.rounding.sweep import DivergedError, sweep
 from qronos_export.statistics import LayerStats
 from tests import naive
@@ -113,7 +114,7 @@ def test_gpfq_is_its_formula() -> None:
     assert close(ours, expected)
 
 
-@pytest.mark.parametrize("order", ["natural", "descending"])
+@pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("fmt", [Q4, Q8])
 def test_qronos_equals_gptq_when_the_streams_agree(order: str, fmt: BlockFormat) -> None:
     weight, _, x, _ = problem()
@@ -136,7 +137,7 @@ def test_shrinkage_zero_is_gptq() -> None:
 
 
 @pytest.mark.parametrize("name", ROUNDERS)
-@pytest.mark.parametrize("order", ["natural", "descending"])
+@pytest.mark.parametrize("order", ORDERS)
 def test_white_inputs_give_round_to_nearest(name: str, order: str) -> None:
     weight, *_ = problem()
     stats = LayerStats(64)
@@ -164,7 +165,7 @@ def test_lazy_updates_do_not_change_the_result(step: int) -> None:
     assert close(swept(weight, stats, 0.01, grid, step=step), swept(weight, stats, 0.01, grid, step=32).double())
 
 
-@pytest.mark.parametrize("order", ["natural", "descending"])
+@pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("fmt", BLOCKS, ids=repr)
 def test_bookkeeping_is_the_exact_loss(fmt: BlockFormat, order: str) -> None:
     """‖X̂(v − q)‖²/n + λ‖v − q‖² = Σ e² / U², whatever the format makes of a block."""
@@ -174,6 +175,45 @@ def test_bookkeeping_is_the_exact_loss(fmt: BlockFormat, order: str) -> None:
     damped = stats.hessian.double() + rounded.damping * torch.eye(256, dtype=torch.float64)
     exact = ((error @ damped) * error).sum(1)
     torch.testing.assert_close(rounded.loss.double(), exact, rtol=2e-3, atol=0)
+
+
+@pytest.mark.parametrize("block", [16, 32, 64, 256])
+def test_the_order_of_blocks(block: int) -> None:
+    """Every block, and every run of 32 or fewer in it, is met as a whole; the heaviest come first."""
+    diagonal = torch.rand(512, generator=torch.Generator().manual_seed(0))
+    order = column_order(torch.diag(diagonal), "blocks", block)
+    assert order is not None and torch.equal(order.sort().values, torch.arange(512))
+    for size in (min(32, block), block):
+        whole = order.view(-1, size) // size
+        assert bool((whole == whole[:, :1]).all())
+    first = diagonal[order].view(-1, block)
+    assert torch.equal(first[:, 0], first.amax(1)) and bool((first[1:, 0] <= first[:-1, 0]).all())
+    runs = diagonal[order].view(-1, min(32, block))
+    assert bool((runs[:, 1:] <= runs[:, :-1]).all())
+
+
+@pytest.mark.parametrize("name", ["Q4_0", "Q3_K", "Q4_K", "NVFP4", "MXFP4"])
+def test_a_massive_input_comes_first(name: str) -> None:
+    """The last input has nearly all of the power, and others go with it: rounded first, they make up for its error."""
+    weight, _, x, _ = problem(rows=64, columns=512, tokens=4000)
+    x = x.clone()
+    x[:, 511] = 0
+    x[::40] += 100 * torch.randn(512)
+    x[::40, 511] = 20000.0
+    stats = LayerStats(512)
+    stats.update(x, x)
+    settings = {order: Settings(1e-3, 0.5, order) for order in ("natural", "blocks")}
+    error = {}
+    for order, each in settings.items():
+        stored = gptq(weight, stats, FORMATS[name], each).weight.dequantize()
+        error[order] = float((x @ (stored - weight).T).square().sum())
+    assert error["blocks"] < 0.4 * error["natural"]
+
+
+def test_an_order_that_splits_blocks_needs_scales_beforehand() -> None:
+    weight, stats, *_ = problem()
+    with pytest.raises(ValueError, match="meets each block as a whole"):
+        sweep(weight, torch.eye(64), Q4, importance=stats.hessian.diagonal(), order=torch.randperm(64))
 
 
 def test_mismatch_is_what_projection_recovers() -> None:

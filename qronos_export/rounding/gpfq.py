@@ -25,7 +25,7 @@ def gpfq(weight: Tensor, stats: LayerStats, fmt: BlockFormat, settings: Settings
         return rtn(weight, stats, fmt, settings, note="no tokens; rounded to nearest")
     hessian = stats.hessian
     drift = stats.cross - hessian
-    order = column_order(hessian, settings.order)
+    order = column_order(hessian, settings.order, fmt.block_size)
     diagonal = hessian.diagonal()
     power = torch.where(diagonal > 0, diagonal, 1.0)
     if order is None:

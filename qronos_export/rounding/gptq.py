@@ -23,7 +23,9 @@ def calibrated(solve: Callable[[Tensor, Normal, BlockFormat, Settings], Rounded]
     def rounder(weight: Tensor, stats: LayerStats, fmt: BlockFormat, settings: Settings) -> Rounded:
         fmt.check(weight.shape[1])
         try:
-            return solve(weight, normal_equations(stats, settings.damping, settings.order), fmt, settings)
+            return solve(
+                weight, normal_equations(stats, settings.damping, settings.order, fmt.block_size), fmt, settings
+            )
         except (SingularError, DivergedError) as error:
             return rtn(weight, stats, fmt, settings, note=f"{error}; rounded to nearest")
 
@@ -34,15 +36,21 @@ def calibrated(solve: Callable[[Tensor, Normal, BlockFormat, Settings], Rounded]
 def gptq(weight: Tensor, normal: Normal, fmt: BlockFormat, settings: Settings) -> Rounded:
     """Round `weight` [rows, columns] so that X̂q stays close to X̂w."""
     _, mismatch = normal.project(weight, 0.0)
-    return diffuse(weight, normal, fmt, "gptq", mismatch)
+    return diffuse(weight, normal, fmt, "gptq", mismatch, settings.order)
 
 
 def diffuse(
-    target: Tensor, normal: Normal, fmt: BlockFormat, method: str, mismatch: Tensor, first: Tensor | None = None
+    target: Tensor,
+    normal: Normal,
+    fmt: BlockFormat,
+    method: str,
+    mismatch: Tensor,
+    order: str,
+    first: Tensor | None = None,
 ) -> Rounded:
     """Sweep `target` [rows, columns]; the loss follows from the bookkeeping Σ e_t² / U_tt², exactly and for free."""
     importance = normal.hessian.diagonal()
-    grid = None if normal.order is None else fmt.fit(target, importance)
+    grid = fmt.fit(target, importance) if order == "descending" else None  # it meets no block as a whole
     codes, grid, errors = sweep(
         target, normal.feedback, fmt, importance=importance, order=normal.order, grid=grid, first=first
     )

@@ -17,7 +17,7 @@ class Settings:
 
     damping:    α in λ = α · mean(diag H).
     shrinkage:  β in G_β = H + β(G − H); 1 trusts the measured mismatch of the streams fully, 0 is GPTQ.
-    order:      natural or descending (by diag H).
+    order:      natural, descending (by diag H), or blocks: heavy blocks first, and in them heavy columns.
     """
 
     damping: float

@@ -45,23 +45,23 @@ def sweep(
     importance:  [columns], weighs the scale search, in storage order.
     order:       storage column of each step; None sweeps left to right.
     grid:        scales chosen beforehand; None fits each block when the sweep reaches it, on the weights as diffused
-                 so far, and what belongs to a group alone once more when it reaches the group. A block is then met as a
-                 whole, so this needs order None.
+                 so far, and what belongs to a group alone once more when it reaches the group. The order then has to
+                 meet each block as a whole.
     anchor:      A [rows, columns]; None stands for V itself.
     first:       [rows], replaces the first column's value when its code is chosen (Qronos' error correction).
 
     Returns codes [rows, columns] and grid in storage order, and A − q [columns, rows] in sweep order.
     """
     rows, columns = values.shape
-    if order is not None and grid is None:
-        raise ValueError("a reordered sweep needs scales chosen beforehand")
     work = (values if order is None else values[:, order]).T.contiguous()
     anchors = None if anchor is None else (anchor if order is None else anchor[:, order]).T.contiguous()
-    storage = range(columns) if order is None else order.tolist()
+    places = torch.arange(columns, device=work.device) if order is None else order
+    storage = places.tolist()
     errors = torch.empty_like(work)
     codes: Tensor | None = None
-    grids: list[Grid] = []
+    grids: dict[int, Grid] = {}  # by the storage column at which their block begins
     current = None if grid is None else _Transposed(grid, 0)
+    met: set[int] = set()
 
     width = step if grid is not None else math.gcd(step, fmt.block_size)
     for start in range(0, columns, width):
@@ -69,16 +69,24 @@ def sweep(
         if not bool(torch.isfinite(work[start:stop]).all()):
             raise DivergedError(f"feedback diverged before column {start} of {columns}")
         if grid is None and start % fmt.block_size == 0:
-            block = slice(start, start + fmt.block_size)
-            grids.append(fmt.fit(work[block].T, importance[block]))
-            current = _Transposed(grids[-1], start)
+            begin = storage[start] // fmt.block_size * fmt.block_size
+            block = places[start : start + fmt.block_size].argsort() + start  # sweep positions in storage order
+            if storage[int(block[0])] != begin or storage[int(block[-1])] != begin + fmt.block_size - 1:
+                raise ValueError("scales that follow the sweep need an order that meets each block as a whole")
+            own = slice(begin, begin + fmt.block_size)
+            grids[begin] = fmt.fit(work[block].T, importance[own])
+            current = _Transposed(grids[begin], begin)
+            met = {(storage[start] - begin) // current.grid.group}
         assert current is not None
         for t in range(start, stop):
             group = (storage[t] - current.begin) // current.grid.group
-            if grid is None and t > current.begin and (t - current.begin) % current.grid.group == 0:
-                end = t + current.grid.group
-                grids[-1] = fmt.refit(current.grid, group, work[t:end].T, importance[t:end])
-                current = _Transposed(grids[-1], current.begin)
+            if grid is None and group not in met:
+                met.add(group)
+                first_column = current.begin + group * current.grid.group
+                own = slice(first_column, first_column + current.grid.group)
+                mine = block[own.start - current.begin : own.stop - current.begin]
+                grids[current.begin] = fmt.refit(current.grid, group, work[mine].T, importance[own])
+                current = _Transposed(grids[current.begin], current.begin)
             code, stored = current.round(first if first is not None and t == 0 else work[t], group)
             if codes is None:
                 codes = torch.empty(columns, rows, dtype=code.dtype, device=code.device)
@@ -89,7 +97,7 @@ def sweep(
         if stop < columns:
             work[stop:].addmm_(feedback[start:stop, stop:].T, errors[start:stop], alpha=-1)
     assert codes is not None
-    return codes.T, grid if grid is not None else Grid.joined(grids), errors
+    return codes.T, grid if grid is not None else Grid.joined([grids[begin] for begin in sorted(grids)]), errors
 
 
 class _Transposed:
