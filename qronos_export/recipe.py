@@ -45,7 +45,7 @@ class Recipe:
     method: str = "qronos"
     damping: float = 3e-2
     shrinkage: float = 0.5
-    order: str = "natural"
+    order: str = "blocks"
     calibration: str = "self"
     samples: int = 128
     sequence_length: int = 512
