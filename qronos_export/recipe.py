@@ -11,7 +11,7 @@ from typing import Any
 from qronos_export.errors import UsageError
 
 METHODS = ("qronos", "gptq", "gpfq", "rtn")
-TRANSFORMS = ("hadamard", "smoothquant", "awq", "aqas")
+TRANSFORMS = ("hadamard", "hadamard-r2", "smoothquant", "awq", "aqas", "equalize", "permute")
 ORDERS = ("natural", "descending", "blocks")
 
 
@@ -24,7 +24,8 @@ class Recipe:
     overrides:        globs of GGUF tensor names -> type; the first that fits counts.
     output_type, embedding_type: type of the output matrix and of the token embedding; None leaves them to llama.cpp.
     pure:             one type for all tensors instead of llama.cpp's mix.
-    transforms:       done to the weights before, in this order, comma separated: hadamard, smoothquant, awq, aqas.
+    transforms:       done to the weights before, in this order, comma separated: hadamard,
+                      hadamard-r2, smoothquant, awq, aqas, equalize, permute.
     method:           qronos, gptq, gpfq or rtn.
     damping:          α in λ = α · mean(diag H).
     shrinkage:        β in G_β = H + β(G − H): how far the measured mismatch of the two streams is trusted.

@@ -23,6 +23,13 @@ class LayerStats:
         self._hessian = torch.zeros(features, features, device=device)
         self._cross = torch.zeros(features, features, device=device)
 
+    @classmethod
+    def of(cls, hessian: Tensor, cross: Tensor, tokens: int) -> LayerStats:
+        """From moments that are known already: float32 [features, features] each."""
+        stats = cls(len(hessian), hessian.device)
+        stats.tokens, stats._hessian, stats._cross = tokens, hessian, cross
+        return stats
+
     def update(self, x: Tensor, x_hat: Tensor) -> None:
         """Add one batch of the same tokens in both streams: float [tokens, features] each."""
         new = x.shape[0]

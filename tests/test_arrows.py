@@ -34,7 +34,7 @@ INSIDE = {  # a module of qronos_export, and what else of qronos_export it may i
     "layers": {"artifact", "calibration", "plan", "report", "rounding"},
     "plan": {"artifact", "recipe"},
     "calibration": {"suspended"},
-    "transforms": {"suspended"},
+    "transforms": {"rounding", "suspended"},
     "transformed": {"calibration", "checkpoint", "transforms"},
     "corpus": {"checkpoint"},
     "validation": {"llamacpp"},

@@ -11,10 +11,13 @@ from formats import FORMATS
 from qronos_export.checkpoint import Checkpoint, open_checkpoint
 from qronos_export.errors import TransformError
 from qronos_export.recipe import TRANSFORMS as NAMES
+from qronos_export.rounding.gptq import gptq
+from qronos_export.rounding.rounded import Settings
+from qronos_export.statistics import LayerStats
 from qronos_export.transformed import logits, transformed
 from qronos_export.transforms import TRANSFORMS, InputStats
 from qronos_export.transforms.hadamard import hadamard, random_rotation
-from qronos_export.transforms.scaling import AQAS, AWQ
+from qronos_export.transforms.scaling import AQAS, AWQ, Equalize
 from tests.families import FAMILIES, make
 
 
@@ -54,7 +57,8 @@ def test_logits_stay(models: dict[str, Checkpoint], family: str, name: str, tmp_
     assert changed == ({"lm_head.weight"} if name == "hadamard" and family in ("llama_tied", "qwen3") else set())
     different = [key for key, value in _weights(before).items() if not torch.allclose(value, _weights(after)[key])]
     blocks = len([key for key in _weights(before) if key.endswith("o_proj.weight")])
-    assert len(different) >= 4 * blocks  # it did something in every block
+    touched = {"permute": 3, "hadamard-r2": 2}.get(name, 4)  # in every block
+    assert len(different) >= touched * blocks
 
 
 def test_transforms_follow_one_another_and_repeat(models: dict[str, Checkpoint], tmp_path: Path) -> None:
@@ -115,6 +119,20 @@ def test_rotations_spread_outliers(models: dict[str, Checkpoint], tmp_path: Path
     assert error(rotated) < 0.6 * error(weight.float())
 
 
+@pytest.mark.parametrize("family", ["llama", "phi3", "mixtral"])
+def test_permutation_puts_like_channels_side_by_side(
+    models: dict[str, Checkpoint], family: str, tmp_path: Path
+) -> None:
+    """Columns of `down` in the order of their norms; the rows are those of the original, each as a whole."""
+    before, after = _weights(models[family]), _weights(apply(models[family], ["permute"], tmp_path))
+    downs = [name for name in after if name.endswith(("down_proj.weight", "w2.weight"))]
+    assert downs
+    for name in downs:
+        power = after[name].float().square().sum(0)
+        assert bool((power.diff() >= -1e-6 * power[1:]).all())
+        assert torch.equal(power, before[name].float().square().sum(0).sort().values)
+
+
 @pytest.mark.parametrize("kind", [AWQ, AQAS])
 def test_searches_keep_the_output(kind: type) -> None:
     """On inputs with loud channels the searched scales lower the output error; on even ones nothing gets worse."""
@@ -134,6 +152,25 @@ def test_searches_keep_the_output(kind: type) -> None:
         assert error(s) <= error(torch.ones(64)) * 1.02
         if loud > 1:
             assert error(s) < 0.7 * error(torch.ones(64))
+
+
+def test_equalized_columns_round_better_with_feedback() -> None:
+    """Where columns differ in size, what GPTQ leaves of the output error falls; where they do not, it stays."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2000, 128, generator=generator) @ torch.randn(128, 128, generator=generator)
+    stats = LayerStats.of(x.T @ x / len(x), x.T @ x / len(x), len(x))
+    known = InputStats(stats.hessian, x.abs().amax(0), x[:200])
+    for spread, bound in ((0.0, 1.02), (0.6, 0.85)):
+        size = (spread * torch.randn(128, generator=generator)).exp()
+        weight = torch.randn(96, 128, generator=generator) * size
+        s = Equalize("Q4_0").factors([weight], known, lambda factors: factors)
+
+        def error(s: torch.Tensor, weight: torch.Tensor = weight) -> float:
+            scaled = LayerStats.of(stats.hessian / s / s[:, None], stats.hessian / s / s[:, None], len(x))
+            stored = gptq(weight * s, scaled, FORMATS["Q4_0"], Settings(0.01, 0.0, "blocks")).weight.dequantize() / s
+            return float((x @ (stored - weight).T).square().sum())
+
+        assert error(s) < bound * error(torch.ones(128))
 
 
 def _weights(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:

@@ -5,15 +5,19 @@ They fold into the weights, so that what follows (calibration, files, llama.cpp)
 
 from collections.abc import Callable
 
-from qronos_export.transforms.rotation import Hadamard
-from qronos_export.transforms.scaling import AQAS, AWQ, SmoothQuant
+from qronos_export.transforms.permutation import Permute
+from qronos_export.transforms.rotation import Hadamard, HadamardValues
+from qronos_export.transforms.scaling import AQAS, AWQ, Equalize, SmoothQuant
 from qronos_export.transforms.transform import InputStats, Outside, Transform
 
 TRANSFORMS: dict[str, Callable[[str, int], Transform]] = {
     "hadamard": lambda format, seed: Hadamard(seed),
+    "hadamard-r2": lambda format, seed: HadamardValues(seed),
     "smoothquant": lambda format, seed: SmoothQuant(format),
     "awq": lambda format, seed: AWQ(format),
     "aqas": lambda format, seed: AQAS(format),
+    "equalize": lambda format, seed: Equalize(format),
+    "permute": lambda format, seed: Permute(),
 }
 """Name -> transform, from the format that weights will be rounded to and a seed."""
 

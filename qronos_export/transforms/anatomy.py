@@ -95,7 +95,8 @@ class Pair:
     """Two matrices with a product between them: output `i` of `first` meets `second`'s inputs index[i] only.
 
     For v/o a head of v serves several heads of o: `copies` [out of first, times] are the columns of `second` per row of
-    `first`. `head` is the number of neighbouring rows that may be mixed (v/o), or 1 (up/down: elementwise).
+    `first`. `head` is the number of neighbouring rows that may be mixed (v/o), or 1 (up/down: elementwise). `gate` is
+    what the outputs of `first` are multiplied with one by one, if anything.
     """
 
     kind: str
@@ -103,6 +104,7 @@ class Pair:
     second: Linear
     copies: Tensor
     head: int
+    gate: Linear | None = None
 
     def scale(self, factors: Tensor) -> None:
         """Divide the outputs of `first` by `factors` float64 [out of first], and make up for it in `second`."""
@@ -214,12 +216,16 @@ def _pairs(block: nn.Module) -> Iterator[Pair]:
         elif "down_proj" in parts and ("up_proj" in parts or "gate_up_proj" in parts):
             down = linear("down_proj")
             up = linear("up_proj" if "up_proj" in parts else "gate_up_proj")
-            inner = down.weight.shape[1]
-            up = up.rows(len(up.weight) - inner, len(up.weight))  # after the gate's, where both are in one
-            yield Pair("inner", up, down, torch.arange(inner, device=down.weight.device)[:, None], 1)
+            yield _inner(up, down, linear("gate_proj") if "gate_proj" in parts else None)
         elif is_experts(module):
             downs = _matrices(name, module, "down")
             for up, down in zip(_matrices(name, module, "up"), downs, strict=True):
-                inner = down.weight.shape[1]
-                up = up.rows(len(up.weight) - inner, len(up.weight))
-                yield Pair("inner", up, down, torch.arange(inner, device=down.weight.device)[:, None], 1)
+                yield _inner(up, down, None)
+
+
+def _inner(up: Linear, down: Linear, gate: Linear | None) -> Pair:
+    """`up` may hold the gate's rows as well, in front of its own."""
+    inner = down.weight.shape[1]
+    if len(up.weight) == 2 * inner:
+        up, gate = up.rows(inner, 2 * inner), up.rows(0, inner)
+    return Pair("inner", up, down, torch.arange(inner, device=down.weight.device)[:, None], 1, gate)

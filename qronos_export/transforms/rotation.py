@@ -48,9 +48,24 @@ class Hadamard(Transform):
                 reader.map_inputs(self._rotation)
         for writer in anatomy.writers:
             writer.map_outputs(self._rotation)
-        for pair in anatomy.pairs:
-            if pair.kind == "value":
-                rotate_heads(pair.first, pair.second, pair.head, self._generator)
+        rotate_values(anatomy, self._generator)
+
+
+class HadamardValues(Transform):
+    """R2 alone: what is tied stays tied."""
+
+    def __init__(self, seed: int) -> None:
+        self._generator = torch.Generator().manual_seed(seed)
+
+    def block(self, anatomy: Anatomy, inputs: Inputs) -> None:
+        rotate_values(anatomy, self._generator)
+
+
+def rotate_values(anatomy: Anatomy, generator: torch.Generator) -> None:
+    """R2: a rotation of its own for the value heads of every attention."""
+    for pair in anatomy.pairs:
+        if pair.kind == "value":
+            rotate_heads(pair.first, pair.second, pair.head, generator)
 
 
 def rotate_heads(value: Linear, out: Linear, head: int, generator: torch.Generator) -> None:

@@ -5,13 +5,21 @@ Column j of what reads is multiplied by s_j and what feeds it divided by s_j: th
     smoothquant  s_j = max|x_j|^a / max|w_j|^(1 − a), a = 1/2           arXiv 2211.10438
     awq          s_j = rms(x_j)^a, the a of 20 with the least ‖(Q(Ws)/s − W) X‖²   arXiv 2306.00978
     aqas         s as smoothquant's, the a of 20 with the least ‖Q(Ws) Q(x/s) − Wx‖²   arXiv 2311.05161
+    equalize     s_j = c_j^a / rms(w_j)^b, the a and b with the least Σ c_j ((Q(Ws)/s − W)_j)² + ‖W (Q(x/s) s − x)‖²
 
-Q rounds weights to the artifact's format, and for aqas the inputs to eight bits per token. The identity is always among
-the candidates, so a search never makes its own objective worse.
+equalize is ours. A block has one scale, so columns of one size round best (b = 1, as DFQ's equalization, arXiv
+1906.04721, but among the inputs of one layer). c_j = 1/U_jj² is what an error of column j costs once error diffusion
+has had later columns make up for it: its input's variance given theirs. The second term is what the runtime's rounding
+of the inputs adds.
+
+Q rounds weights to the artifact's format, and inputs to eight bits in blocks, as llama.cpp does. The identity is always
+among the candidates, so a search never makes its own objective worse.
 """
 
 from __future__ import annotations
 
+import functools
+import math
 from abc import abstractmethod
 from collections.abc import Callable
 
@@ -19,10 +27,15 @@ import torch
 from torch import Tensor
 
 from formats import FORMATS, BlockFormat
+from qronos_export.rounding.least_squares import normal_equations
+from qronos_export.statistics import LayerStats
 from qronos_export.transforms.anatomy import Anatomy, Norm, Pair
 from qronos_export.transforms.transform import Inputs, InputStats, Transform
 
 STEPS = 20
+_ROWS = 256  # for a search that needs no more
+_A = (0.0, 1 / 16, 1 / 8, 1 / 4, 1 / 2)
+_B = (0.0, 0.5, 0.75, 0.9, 1.0, 1.1)
 
 
 class Scaling(Transform):
@@ -89,10 +102,36 @@ class AWQ(Scaling):
         return _best([share(_centred(rms ** (step / STEPS))) for step in range(STEPS)], error)
 
 
+class Equalize(Scaling):
+    def factors(self, weights: list[Tensor], inputs: InputStats, share: Callable[[Tensor], Tensor]) -> Tensor:
+        step = -(-sum(map(len, weights)) // _ROWS)
+        some = torch.cat([weight[::step] for weight in weights])
+        cost = conditional_variance(inputs.hessian)
+        rms = some.square().mean(0).clamp(min=1e-20).sqrt()
+        block = runtime_block(self._format, some.shape[1])
+
+        def factors(a: float, b: float) -> Tensor:
+            return share(_centred(cost**a / rms**b))
+
+        @functools.cache
+        def error(a: float, b: float) -> float:
+            s = factors(a, b)
+            rounding = _rounded(some * s, self._format, inputs.hessian.diagonal() / s.square()) / s - some
+            arriving = inputs.sample / s
+            noise = (eight_bits(arriving, block) - arriving).square().mean(0) * s.square()
+            return float((rounding.square() @ cost).sum() + (some.square() @ noise).sum())
+
+        a = 0.0
+        b = min(_B, key=lambda b: error(a, b))
+        a = min(_A, key=lambda a: error(a, b))
+        b = min(_B, key=lambda b: error(a, b))
+        return factors(a, b)
+
+
 class AQAS(Scaling):
     def factors(self, weights: list[Tensor], inputs: InputStats, share: Callable[[Tensor], Tensor]) -> Tensor:
         def error(s: Tensor) -> float:
-            rounded = _eight_bits(inputs.sample / s)
+            rounded = eight_bits(inputs.sample / s, runtime_block(self._format, len(s)))
             return sum(
                 float((rounded @ _rounded(weight * s, self._format).T - inputs.sample @ weight.T).square().sum())
                 for weight in weights
@@ -100,6 +139,12 @@ class AQAS(Scaling):
 
         candidates = [share(_smooth(weights, inputs, step / STEPS)) for step in range(1, STEPS)]
         return _best([torch.ones_like(candidates[0]), *candidates], error)
+
+
+def conditional_variance(hessian: Tensor) -> Tensor:
+    """c [features]: what is left of each input's power when those that a sweep meets later are known."""
+    stats = LayerStats.of(hessian, hessian, tokens=1)
+    return normal_equations(stats, 3e-2, "blocks").upper.diagonal().pow(-2).float()
 
 
 def _smooth(weights: list[Tensor], inputs: InputStats, migration: float) -> Tensor:
@@ -132,7 +177,13 @@ def search_format(name: str, columns: int) -> BlockFormat:
     return fmt if columns % fmt.block_size == 0 else FORMATS["Q4_0"]
 
 
-def _eight_bits(x: Tensor) -> Tensor:
-    """Each row to 255 even levels around zero."""
-    scale = x.abs().amax(1, keepdim=True).clamp(min=1e-30) / 127
-    return (x / scale).round() * scale
+def runtime_block(format: str, columns: int) -> int:
+    """How many neighbouring inputs share a scale when llama.cpp multiplies with `format`: 256 for K types, else 32."""
+    return 256 if search_format(format, columns).block_size == 256 else math.gcd(32, columns)
+
+
+def eight_bits(x: Tensor, block: int) -> Tensor:
+    """`x` [tokens, features] in blocks of neighbours, each on 255 even levels around zero."""
+    blocks = x.view(len(x), -1, block)
+    scale = blocks.abs().amax(2, keepdim=True).clamp(min=1e-30) / 127
+    return ((blocks / scale).round() * scale).view(x.shape)
