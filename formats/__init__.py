@@ -2,8 +2,10 @@
 
 `FORMATS` maps a type's name to its `BlockFormat`; it is the support matrix. A format of a known
 family goes into that family's module; a new family is a module, and its tuple in the line below.
-`IntegerGrid` makes plain integer grids of any bits and group.
+`IntegerGrid` makes plain integer grids of any bits and group; `find_format` knows them by name, too.
 """
+
+import re
 
 from formats import ggml_basic, ggml_codebook, ggml_k, ggml_ternary, microscaling
 from formats.block import BlockFormat, FormatError, Grid, QuantizedWeight
@@ -13,4 +15,17 @@ _FAMILIES = (ggml_basic, ggml_k, ggml_codebook, microscaling, ggml_ternary)
 
 FORMATS: dict[str, BlockFormat] = {fmt.name: fmt for family in _FAMILIES for fmt in family.FORMATS}
 
-__all__ = ["FORMATS", "BlockFormat", "FormatError", "Grid", "IntegerGrid", "QuantizedWeight"]
+
+def find_format(name: str, columns: int) -> BlockFormat:
+    """The format `name` for rows of `columns` weights: a key of FORMATS, or INT4_G128, UINT3_G64, …, where UINT has a
+    zero point and a missing group is the whole row. Raises FormatError for any other name."""
+    if name in FORMATS:
+        return FORMATS[name]
+    plain = re.fullmatch(r"(U?INT)([2348])(?:_G(\d+))?", name)
+    if plain is None:
+        raise FormatError(f"there is no format {name}; there are {', '.join(FORMATS)}, and grids such as INT4_G128")
+    kind, bits, group = plain.groups()
+    return IntegerGrid(int(bits), int(group) if group else columns, symmetric=kind == "INT")
+
+
+__all__ = ["FORMATS", "BlockFormat", "FormatError", "Grid", "IntegerGrid", "QuantizedWeight", "find_format"]

@@ -39,7 +39,7 @@ def _minifloats(exponent_bits: int, mantissa_bits: int) -> tuple[float, ...]:
 _DOUBLED_E2M1 = Codebook(tuple(2 * value for value in _minifloats(2, 1)))  # integers, as ggml has them
 
 
-class _E8M0(BlockFormat):
+class MX(BlockFormat):
     """E8M0 e | elements;  w = 2^(e−127) · element, computed as 2^(e−128) · unit · level.
 
     `levels` are the elements times 2 / unit: ggml doubles E2M1 to have integers (unit 1), MXINT8 counts in 64ths.
@@ -90,7 +90,7 @@ class _E8M0(BlockFormat):
 
 
 @final
-class MXFP4(_E8M0):
+class MXFP4(MX):
     """E8M0 e | 16 × (low nibble: w[0:16], high nibble: w[16:32]), E2M1;  w = 2^(e−127)·E2M1."""
 
     name, ggml_type, block_bytes = "MXFP4", 39, 1 + 16
@@ -103,7 +103,7 @@ class MXFP4(_E8M0):
         return unpack_nibbles(data, 32)
 
 
-class _MXFP8(_E8M0):
+class _MXFP8(MX):
     ggml_type, block_bytes = None, 1 + 32
     levels: Floats
 
@@ -125,7 +125,7 @@ class MXFP8_E5M2(_MXFP8):
     name, levels, largest_exponent = "MXFP8_E5M2", Floats(torch.float8_e5m2), 15
 
 
-class _MXFP6(_E8M0):
+class _MXFP6(MX):
     ggml_type, block_bytes = None, 1 + 24
 
     def pack_codes(self, codes: Tensor) -> Tensor:
@@ -150,7 +150,7 @@ class MXFP6_E3M2(_MXFP6):
 
 
 @final
-class MXINT8(_E8M0):
+class MXINT8(MX):
     """E8M0 e | 32 × int8 q;  w = 2^(e−127)·q/64."""
 
     name, ggml_type, block_bytes = "MXINT8", None, 1 + 32

@@ -101,8 +101,9 @@ def exports(llamacpp: LlamaCpp, english: Path, tmp_path_factory: pytest.TempPath
         case, folder = CASES[name], tmp_path_factory.mktemp(name)
         checkpoint = make(case.family, folder / "tiny", dtype=case.dtype, **case.config)
         recipe = Recipe(
-            str(checkpoint), format=case.format, calibration=str(english), samples=8, sequence_length=64, device="cpu"
-        )
+            str(checkpoint), format=case.format, transforms="none", calibration=str(english), samples=8,
+            sequence_length=64, device="cpu",
+        )  # fmt: skip
         original = folder / "float.gguf"
         report, ours = run(recipe, folder / "ours", Keeping(**vars(llamacpp), kept=original))
         theirs = llamacpp.quantize(original, folder / "theirs.gguf", case.format)
@@ -305,7 +306,8 @@ def test_llamacpp_multiplies_with_the_scales_beside_nvfp4(
     checkpoint = make(family, tmp_path / "tiny", intermediate_size=256, **sizes)
     original = tmp_path / "float.gguf"
     recipe = Recipe(
-        str(checkpoint), "NVFP4", calibration=str(english), samples=8, sequence_length=64, device="cpu"
+        str(checkpoint), "NVFP4", transforms="none", calibration=str(english), samples=8, sequence_length=64,
+        device="cpu",
     )  # fmt: skip
     report, file = run(recipe, tmp_path / "ours", Keeping(**vars(llamacpp), kept=original))
     ours = GGUFFile(file)

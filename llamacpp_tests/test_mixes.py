@@ -180,8 +180,8 @@ def test_formats_of_one_run_are_those_of_runs_alone(
 
     def once(formats: str, output: str) -> RunReport:
         recipe = Recipe(
-            str(checkpoint), formats, method=method, calibration=str(english), samples=8, sequence_length=64,
-            device="cpu",
+            str(checkpoint), formats, transforms="none", method=method, calibration=str(english), samples=8,
+            sequence_length=64, device="cpu",
         )  # fmt: skip
         report, _ = run(recipe, tmp_path / output, llamacpp)
         return report

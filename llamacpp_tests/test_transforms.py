@@ -9,6 +9,7 @@ import pytest
 
 from qronos_export import pipeline
 from qronos_export.checkpoint import open_checkpoint
+from qronos_export.errors import TransformError
 from qronos_export.llamacpp import LlamaCpp
 from qronos_export.recipe import TRANSFORMS, Recipe, recipe_from
 from qronos_export.transformed import PROBE, transformed
@@ -52,3 +53,35 @@ def test_files_are_held_against_the_original(method: str, llamacpp: LlamaCpp, en
     *_, repeated = pipeline.run(replace(again), tmp_path / "again", llamacpp=llamacpp, held=None)
     assert isinstance(repeated, pipeline.Finished)
     assert repeated.report.artifacts[0].sha256 == artifact.sha256
+
+
+def test_columns_are_equalized_unless_told_otherwise(
+    llamacpp: LlamaCpp, english: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By default where something is calibrated; a model they do not fit goes without, and the report says so."""
+    recipe = Recipe(
+        str(make("llama", tmp_path / "tiny")), "Q4_0", calibration=str(english), samples=8, sequence_length=64
+    )
+
+    def finish(recipe: Recipe, folder: str) -> pipeline.Finished:
+        *_, finished = pipeline.run(recipe, tmp_path / folder, llamacpp=llamacpp, held=None)
+        assert isinstance(finished, pipeline.Finished)
+        return finished
+
+    default, asked, without = (
+        finish(replace(recipe, transforms=name), name).report for name in ("auto", "equalize", "none")
+    )
+    assert (default.recipe["transforms"], without.recipe["transforms"]) == ("equalize", "none")
+    assert default.artifacts[0].sha256 == asked.artifacts[0].sha256 != without.artifacts[0].sha256
+    assert finish(replace(recipe, method="rtn"), "rtn").report.recipe["transforms"] == "none"
+
+    def refuse(*_: object, **__: object) -> None:
+        raise TransformError("equalize does not fit tiny: it is odd.")
+
+    monkeypatch.setattr(pipeline, "transformed", refuse)
+    refused = finish(recipe, "refused").report
+    assert (refused.recipe["transforms"], refused.notes) == ("none", ["equalize does not fit tiny: it is odd."])
+    assert refused.artifacts[0].sha256 == without.artifacts[0].sha256
+    with pytest.raises(TransformError, match="it is odd"):
+        finish(replace(recipe, transforms="equalize"), "insisted")
+    assert not (tmp_path / "insisted").exists()

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from qronos_export.errors import CheckpointError
 from qronos_export.statistics import LayerStats
-from qronos_export.suspended import Block, Routed, Stop, expert_inner, expert_matrices, is_experts
+from qronos_export.suspended import Activation, Block, Routed, Stop, expert_inner, expert_matrices, is_experts
 
 PHASES = ("load", "calibration", "transforms", "forward", "statistics", "rounding", "write", "validate")
 
@@ -46,11 +46,13 @@ class Group:
 
 @dataclass
 class MicroBatch:
-    """Some calibration sequences on their way: token ids, hidden states of all streams, arguments of every block."""
+    """Some sequences on their way: token ids, hidden states of all streams, arguments of every block. Statistics are
+    made of those that are `counted`."""
 
     tokens: Tensor  # int64 [sequences, length]
     x: Tensor  # float [sequences, length, hidden], float stream
     arguments: list[dict[str, Any]]
+    counted: bool = True
     x_hat: list[Tensor] = field(default_factory=list)  # the same as x for each quantized stream
 
 
@@ -122,12 +124,13 @@ class Decoder:
         )
 
 
-def enter(decoder: Decoder, tokens: Tensor, batch: int) -> list[MicroBatch]:
+def enter(decoder: Decoder, tokens: Tensor, batch: int, *, counted: bool = True) -> list[MicroBatch]:
     """The float stream in front of the first block: int64 `tokens` [samples, length], `batch` sequences at a time."""
     batches: list[MicroBatch] = []
     for ids in tokens.split(batch):
         x, arguments = decoder.enter(ids)
-        batches.append(MicroBatch(ids, x, _shared(arguments, batches[0].arguments) if batches else arguments))
+        shared = _shared(arguments, batches[0].arguments) if batches else arguments
+        batches.append(MicroBatch(ids, x, shared, counted))
     return batches
 
 
@@ -156,10 +159,12 @@ def _shared(new: Any, old: Any) -> Any:
 class _Stream:
     """One quantized stream in one block: a copy of the block, and the forwards of all micro-batches, waiting."""
 
-    def __init__(self, module: nn.Module, number: int, observed: Callable[[str], bool]) -> None:
+    def __init__(
+        self, module: nn.Module, number: int, observed: Callable[[str], bool], activation: Activation | None
+    ) -> None:
         self.number = number
         self.module = copy.deepcopy(module)
-        self.block = Block(self.module, observed)
+        self.block = Block(self.module, observed, activation)
         self.forwards: list[Any] = []
 
     def start(self, stops: list[Stop], batches: list[MicroBatch], index: int) -> None:
@@ -168,13 +173,21 @@ class _Stream:
 
 
 def walk(
-    module: nn.Module, index: int, name: str, batches: list[MicroBatch], wanted: Callable[[str], bool], clock: Clock
+    module: nn.Module,
+    index: int,
+    name: str,
+    batches: list[MicroBatch],
+    wanted: Callable[[str], bool],
+    clock: Clock,
+    activation: Activation | None = None,
 ) -> Iterator[tuple[int, list[Group]]]:
     """Run decoder block `index` once per stream; at each stop yield, for one quantized stream after another, its number
     and its groups, to be rounded before the next.
 
     name:    the block's, e.g. `model.layers.3`; the matrices' names begin with it.
     wanted:  whether a weight, named like a checkpoint parameter, will be rounded in any stream.
+    activation: rounds what those layers read in the quantized streams.
+    The first of `batches` is counted.
     Yields before that quantized stream uses the weights; afterwards `batches` holds the block's outputs.
     """
 
@@ -182,7 +195,7 @@ def walk(
         return _wanted(module, f"{name}.{part}", part, wanted)
 
     first, *others = batches
-    streams = [_Stream(module, number, observed) for number in range(len(first.x_hat))]
+    streams = [_Stream(module, number, observed, activation) for number in range(len(first.x_hat))]
     float_block = Block(module, observed)
     try:
         stops, arrivals, output = float_block.observe(first.x, first.arguments[index])
@@ -195,8 +208,10 @@ def walk(
             arrivals[number] = None
             for stream in streams:
                 groups = _groups(module, stream.module, name, stop)
-                for payload, forward in zip(payloads, stream.forwards, strict=True):
-                    _observe(groups, stop, module, payload, _switched(forward, clock), clock)
+                for batch, payload, forward in zip(batches, payloads, stream.forwards, strict=True):
+                    arrived = _switched(forward, clock)
+                    if batch.counted:
+                        _observe(groups, stop, module, payload, arrived, clock)
                 clock.lap("statistics")
                 yield stream.number, groups
                 clock.lap(None)
@@ -214,7 +229,7 @@ def walk(
 def head_statistics(decoder: Decoder, batches: list[MicroBatch], stream: int, clock: Clock) -> LayerStats:
     """Statistics of the output matrix's input: the final norm's outputs in the float stream and a quantized one."""
     stats = LayerStats(batches[0].x.shape[-1], batches[0].x.device)
-    for batch in batches:
+    for batch in filter(lambda batch: batch.counted, batches):
         x, x_hat = decoder.leave(batch.tokens, batch.x), decoder.leave(batch.tokens, batch.x_hat[stream])
         clock.lap("forward")
         stats.update(x.flatten(0, 1), x_hat.flatten(0, 1))

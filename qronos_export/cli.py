@@ -18,7 +18,7 @@ import typer
 
 from qronos_export import __version__
 from qronos_export.errors import GateError, QronosError, UsageError
-from qronos_export.recipe import RECIPE_FIELDS, Recipe, load_recipe, recipe_from
+from qronos_export.recipe import RECIPE_FIELDS, Recipe, load_recipe, plain_value, recipe_from
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -87,7 +87,11 @@ def quantize(
     pure: Annotated[bool | None, typer.Option("--pure", help="One type for all tensors, no mix.")] = None,
     transforms: Annotated[
         str | None,
-        typer.Option(help="Done to the weights before, comma separated: hadamard, smoothquant, awq, aqas."),
+        _setting(
+            "transforms",
+            "Done to the weights before, comma separated: hadamard, hadamard-r2, smoothquant, awq, aqas, equalize, "
+            "permute; or none. auto: equalize, unless the method is rtn.",
+        ),
     ] = None,
     method: Annotated[str | None, _setting("method", "qronos, gptq, gpfq or rtn.")] = None,
     calibration: Annotated[
@@ -190,6 +194,70 @@ def validate(
 
 
 @app.command()
+def evaluate(
+    model: Annotated[str, typer.Argument(help="Folder with config.json and safetensors, hub id, .gguf or `demo`.")],
+    recipe: Annotated[Path | None, typer.Option(help="YAML of settings, or a report.json.", metavar="FILE")] = None,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", help="Of the recipe; wins over its file.", metavar="KEY=VALUE")
+    ] = None,
+    text: TextOption = None,
+    context: ContextOption = 512,
+    chunks: ChunksOption = 40,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:i.")] = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+) -> None:
+    """Perplexity of MODEL in torch, by llama.cpp's protocol; with a recipe, what becomes of it, without writing a file.
+
+    All linear layers of the blocks get the recipe's type, a key of `formats` or a grid such as INT4_G128; embedding and
+    output matrix stay float.
+    """
+    given = dict(_setting_of(each) for each in settings or []) | {"model": model}
+    wanted = load_recipe(recipe, **given) if recipe else recipe_from(given, "--set") if settings else None
+
+    from qronos_export.evaluation import Evaluated
+    from qronos_export.evaluation import evaluate as run_evaluation
+    from qronos_export.pipeline import Held, Stage, Step
+
+    with _progress() as progress:
+        task = progress.add_task("start", total=None, detail="")
+        for event in run_evaluation(
+            model,
+            wanted,
+            Held(text, context, chunks),
+            device=device,
+            on_progress=lambda done, total: progress.update(task, completed=done, total=total),
+        ):
+            if isinstance(event, Stage):
+                progress.reset(task, total=event.steps, description=event.name, detail="")
+            elif isinstance(event, Step):
+                progress.update(task, completed=event.done, detail=event.layer.name if event.layer else "")
+            elif isinstance(event, Evaluated):
+                progress.remove_task(task)
+                result = event.evaluation
+    if as_json:
+        typer.echo(json.dumps(result.to_json(), indent=2))
+        return
+    rows = [
+        ("perplexity of the model", f"{result.perplexity_reference:.4f} ± {result.perplexity_reference_error:.4f}"),
+        ("measured on", f"{result.chunks} chunks of {result.context} tokens"),
+    ]
+    if result.perplexity is not None:
+        rows[1:1] = [
+            ("  of the recipe", f"{result.perplexity:.4f} ± {result.perplexity_error:.4f}"),
+            ("KL divergence", f"{result.kl_divergence:.5f} ± {result.kl_divergence_error:.5f} nats"),
+            ("same top token", f"{result.same_top:.2f} %"),
+        ]
+    _table(*rows)
+
+
+def _setting_of(given: str) -> tuple[str, Any]:
+    key, separator, value = given.partition("=")
+    if not (separator and key):
+        raise UsageError(f"--set {given} is not KEY=VALUE; write for example --set format=INT4_G128.")
+    return key, plain_value(value)
+
+
+@app.command()
 def formats() -> None:
     """The support matrix."""
     from rich.table import Table
@@ -258,6 +326,7 @@ def _summary(result: RunReport, folder: Path) -> None:
         rows += mine[:5]
         if len(mine) > 5:
             rows.append(("", f"{len(mine) - 5} more notes in report.json"))
+    rows += [("note", note) for note in result.notes]
     rows.append(("report", f"{folder / 'report.json'}, {result.seconds['total']:.0f} s in all"))
     _table(*rows)
 

@@ -77,6 +77,27 @@ def check_length(text: Path, checkpoint: Checkpoint, needed: int) -> None:
         )
 
 
+def held_out_tokens(text: Path, checkpoint: Checkpoint, context: int, chunks: int | None) -> Tensor:
+    """`text` as llama-perplexity cuts it: int64 [chunks, context], the opening token, if any, in front of every chunk.
+
+    Raises CalibrationError for less than one chunk.
+    """
+    encode = tokenizer(checkpoint)
+    opening = opening_token(encode)
+    ids = [] if opening is None else [opening]
+    for piece in _pieces(text.read_text(encoding="utf-8", errors="replace")):
+        ids += encode(piece, add_special_tokens=False, verbose=False)["input_ids"]
+        if chunks is not None and len(ids) >= chunks * context:
+            break
+    found = len(ids) // context
+    if not found:
+        raise CalibrationError(f"{text} is too short: {len(ids)} tokens, and a chunk needs {context}.")
+    rows = torch.tensor(ids[: found * context]).view(-1, context)[:chunks]
+    if opening is not None:
+        rows[:, 0] = opening
+    return rows
+
+
 def held_out_text() -> str:
     """0.5 to 0.7 MB of English that every Python carries: the topics of its own `help()`."""
     from pydoc_data.topics import topics

@@ -4,39 +4,68 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 
-from formats import FORMATS, BlockFormat
+from formats import BlockFormat
 from qronos_export.calibration import Group, Matrix
-from qronos_export.plan import Mix, Plan
+from qronos_export.plan import Mix
 from qronos_export.report import LayerReport
 from qronos_export.rounding import Rounder, Settings, rtn
 
 if TYPE_CHECKING:
-    from qronos_export.artifact.gguf import BlockStore, Target
+    from qronos_export.artifact.gguf import StoredTensor, Target
     from qronos_export.statistics import LayerStats
+
+
+class Destinations(Protocol):
+    """Where rows of weights go; a `Plan`, or what stands for one."""
+
+    def claim(self, weights: Mapping[str, torch.Tensor]) -> None: ...
+
+    def targets(self, name: str) -> list[Target]: ...
+
+    def forget(self) -> None: ...
+
+    def tensor(self, target: Target) -> StoredTensor: ...
+
+    def may_have_scale(self, tensor: str) -> bool: ...
+
+
+class Store(Protocol):
+    """Where finished blocks go."""
+
+    def put(
+        self,
+        tensor: StoredTensor,
+        fmt: BlockFormat,
+        file_rows: torch.Tensor,
+        blocks: torch.Tensor,
+        values: torch.Tensor,
+        scales: torch.Tensor,
+    ) -> None: ...
+
 
 # A Hessian of fewer tokens than this share of its width says little; such experts are rounded to nearest.
 MIN_TOKENS_PER_FEATURE = 1 / 16
 
 
 def round_group(
-    group: Group, plan: Plan, mix: Mix, rounder: Rounder, settings: Settings, store: BlockStore
+    group: Group, plan: Destinations, mix: Mix, rounder: Rounder, settings: Settings, store: Store
 ) -> Iterator[LayerReport]:
     """Round every weight of `group` that has a target in `mix`; rows of one format are swept together.
 
     Afterwards `matrix.quantized` holds the stored values, and `store` the blocks.
     """
-    by_format: dict[str, list[tuple[Matrix, Target]]] = {}
+    by_format: dict[str, tuple[BlockFormat, list[tuple[Matrix, Target]]]] = {}
     for matrix in group.matrices:
         for target in plan.targets(matrix.name):
-            if fmt := mix.format(target.tensor):
-                by_format.setdefault(fmt.name, []).append((matrix, target))
-    for name, jobs in by_format.items():
-        yield from _round_rows(jobs, plan, mix, FORMATS[name], group.stats, rounder, settings, store)
+            if fmt := mix.format(target.tensor, matrix.weight.shape[1]):
+                by_format.setdefault(fmt.name, (fmt, []))[1].append((matrix, target))
+    for fmt, jobs in by_format.values():
+        yield from _round_rows(jobs, plan, mix, fmt, group.stats, rounder, settings, store)
 
 
 def _fallback(stats: LayerStats, rounder: Rounder) -> tuple[Rounder, str]:
@@ -47,13 +76,13 @@ def _fallback(stats: LayerStats, rounder: Rounder) -> tuple[Rounder, str]:
 
 def _round_rows(
     jobs: list[tuple[Matrix, Target]],
-    plan: Plan,
+    plan: Destinations,
     mix: Mix,
     fmt: BlockFormat,
     stats: LayerStats,
     rounder: Rounder,
     settings: Settings,
-    store: BlockStore,
+    store: Store,
 ) -> Iterator[LayerReport]:
     started = time.perf_counter()
     device = jobs[0][0].weight.device
@@ -91,7 +120,7 @@ def _round_rows(
 
 
 def _tensor_scales(
-    weight: torch.Tensor, jobs: list[tuple[Matrix, Target]], plan: Plan, fmt: BlockFormat
+    weight: torch.Tensor, jobs: list[tuple[Matrix, Target]], plan: Destinations, fmt: BlockFormat
 ) -> tuple[torch.Tensor, str]:
     """What llama.cpp multiplies the outputs of each row of `weight` [rows, columns] by: float32 [rows, 1], one value a
     tensor or expert, and a note where it would not multiply though the format asks for it."""

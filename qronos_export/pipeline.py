@@ -8,20 +8,22 @@ from __future__ import annotations
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import Protocol
 
 import torch
 
 from qronos_export import calibration, corpus, report
+from qronos_export.activations import activation
 from qronos_export.artifact import gguf
-from qronos_export.calibration import Clock, Group, Matrix
+from qronos_export.calibration import Clock, Group, Matrix, MicroBatch
 from qronos_export.checkpoint import Checkpoint, LazyModel, open_checkpoint
-from qronos_export.errors import OutputError, UsageError
-from qronos_export.layers import round_group
+from qronos_export.errors import OutputError, TransformError, UsageError
+from qronos_export.layers import Destinations, Store, round_group
 from qronos_export.llamacpp import LlamaCpp
 from qronos_export.memory import give_back, peak_memory
 from qronos_export.plan import CARRIERS, Mix, Plan, check_overrides, check_types, mix, type_patterns
@@ -94,6 +96,11 @@ def run(
     device = pick_device(recipe.device)
     yield Stage("load")
     check_types(recipe)
+    if recipe.activations not in ("none", "q8_0", "q8_k"):
+        raise UsageError(
+            f"activations: {recipe.activations} is for `evaluate` alone: llama.cpp rounds what a matrix reads to eight "
+            "bits of its own, q8_0 or q8_k."
+        )
     known = llamacpp.quantize_types()
     for name in recipe.formats:
         if name not in CARRIERS and known.get(name) is None:
@@ -117,22 +124,17 @@ def run(
             device=str(device),
         )
         original, tokens = checkpoint, None
-        transforms = recipe.transform_names
-        if transforms:
-            if recipe.method != "rtn" or need_inputs(transforms):
+        names = recipe.transform_names
+        if names:
+            if recipe.method != "rtn" or need_inputs(names):
                 yield Stage("calibration text")
                 tokens = _draw(recipe, original, device, result, clock, on_progress)
             yield Stage("transforms")
-            checkpoint = transformed(
-                original,
-                transforms,
-                tokens=PROBE.to(device) if tokens is None else tokens,
-                format=recipe.formats[0],
-                seed=recipe.seed,
-                micro_batch=recipe.micro_batch,
-                folder=folder / "transformed",
-            )
+            folded = fold(recipe, original, PROBE.to(device) if tokens is None else tokens, folder)
+            checkpoint, names = folded.checkpoint, folded.transforms
+            result.notes += folded.notes
             clock.lap("transforms")
+        result.recipe["transforms"] = ",".join(names) or "none"
         source = gguf.GGUFFile(float_file(checkpoint, llamacpp, folder))
         outputs = [
             Output(choose_types(source, name, recipe, llamacpp), gguf.BlockStore(folder / name), path)
@@ -198,6 +200,41 @@ def run(
     yield Finished(result, output)
 
 
+@dataclass(frozen=True)
+class Folded:
+    """A checkpoint after `transforms`; `notes` says which of them were left out, and why."""
+
+    checkpoint: Checkpoint
+    transforms: list[str]
+    notes: list[str]
+
+
+def fold(recipe: Recipe, checkpoint: Checkpoint, tokens: torch.Tensor, folder: Path) -> Folded:
+    """Apply the recipe's transforms, writing below `folder`. What the recipe names has to fit, what `auto` stands for
+    may be left out.
+
+    tokens: int64 [samples, length], on the device to compute on.
+    """
+    names = recipe.transform_names
+    if not names:
+        return Folded(checkpoint, [], [])
+    try:
+        done = transformed(
+            checkpoint,
+            names,
+            tokens=tokens,
+            format=recipe.formats[0],
+            seed=recipe.seed,
+            micro_batch=recipe.micro_batch,
+            folder=folder / "transformed",
+        )
+    except TransformError as error:
+        if recipe.transforms != "auto":
+            raise
+        return Folded(checkpoint, [], [str(error)])
+    return Folded(done, names, [])
+
+
 def _draw(
     recipe: Recipe,
     checkpoint: Checkpoint,
@@ -231,7 +268,7 @@ class Output:
 
     def bytes(self, source: gguf.GGUFFile) -> int:
         """What its tensors will take."""
-        formats = {name: self.mix.format(name) for name in source.tensors}
+        formats = {name: self.mix.format(name, tensor.columns) for name, tensor in source.tensors.items()}
         return sum(
             tensor.nbytes if (fmt := formats[name]) is None else tensor.rows * fmt.row_bytes(tensor.columns)
             for name, tensor in source.tensors.items()
@@ -308,24 +345,58 @@ def prove(file: Path, reference: str, held: Held, *, llamacpp: LlamaCpp) -> Vali
             return measured.compare(file)
 
 
+@dataclass
+class Passengers:
+    """Sequences `tokens` int64 [n, length] that ride along in all streams and that nothing is learned from. Afterwards
+    `batches` hold what the last block returned, and `heads` each quantized stream's output matrix [vocabulary, hidden].
+    """
+
+    tokens: torch.Tensor
+    batches: list[MicroBatch] = field(default_factory=list)
+    heads: list[torch.Tensor] = field(default_factory=list)
+
+
+class Sink(Protocol):
+    """What takes the blocks of one quantized stream: an Output, or what stands for one."""
+
+    @property
+    def mix(self) -> Mix: ...
+
+    @property
+    def store(self) -> Store: ...
+
+
 def calibrate(
-    model: LazyModel, plan: Plan, outputs: list[Output], tokens: torch.Tensor, recipe: Recipe, clock: Clock
+    model: LazyModel,
+    plan: Destinations,
+    outputs: Sequence[Sink],
+    tokens: torch.Tensor,
+    recipe: Recipe,
+    clock: Clock,
+    passengers: Passengers | None = None,
 ) -> Iterator[LayerReport]:
     """Embedding, every block, head: all streams side by side; yields each tensor as it is rounded."""
     rounder = ROUNDERS[recipe.method]
     settings = Settings(recipe.damping, recipe.shrinkage, recipe.order)
     decoder = calibration.Decoder(model.model.get_decoder(), model.blocks)
+    rounded_inputs = None if recipe.activations == "none" else activation(recipe.activations)
 
     clock.lap(None)
     _claim_embedding(model, plan)
     batches = calibration.enter(decoder, tokens, recipe.micro_batch)
+    if passengers:
+        passengers.batches = calibration.enter(decoder, passengers.tokens, recipe.micro_batch, counted=False)
+        batches = [*batches, *passengers.batches]
     for each in outputs:
         clock.lap("forward")
         embedding = _embedding_group(model)
         yield from round_group(embedding, plan, each.mix, ROUNDERS["rtn"], settings, each.store)
         clock.lap("rounding")
-        calibration.add_stream(decoder, model.embedding, embedding.matrices[0].quantized, batches)
-        del embedding
+        stored = embedding.matrices[0].quantized
+        calibration.add_stream(decoder, model.embedding, stored, batches)
+        if passengers and model.tied:
+            passengers.heads.append(stored)
+        del embedding, stored
     give_back()
     clock.lap("forward")
 
@@ -335,10 +406,14 @@ def calibrate(
         plan.forget()
         plan.claim(calibration.block_matrices(module, name))
         clock.lap("load")
-        stops = calibration.walk(module, index, name, batches, lambda weight: bool(plan.targets(weight)), clock)
+        stops = calibration.walk(
+            module, index, name, batches, lambda weight: bool(plan.targets(weight)), clock, rounded_inputs
+        )
         for stream, groups in stops:
             each = outputs[stream]
             for group in groups:
+                if recipe.method == "rtn":  # knows no activations
+                    group = Group(group.matrices, LayerStats(0))
                 layers = list(round_group(group, plan, each.mix, rounder, settings, each.store))
                 clock.lap("rounding")
                 yield from layers
@@ -348,11 +423,15 @@ def calibrate(
     if model.head is not None and not model.tied:
         weight = _claim_head(model, plan)
         for stream, each in enumerate(outputs):
-            if any(each.mix.format(target.tensor) for target in plan.targets("head")):
+            if any(each.mix.format(target.tensor, weight.shape[1]) for target in plan.targets("head")):
                 stats = calibration.head_statistics(decoder, batches, stream, clock)
                 head = Group([Matrix("head", weight, weight.clone())], stats)
                 yield from round_group(head, plan, each.mix, rounder, settings, each.store)
                 clock.lap("rounding")
+                if passengers:
+                    passengers.heads.append(head.matrices[0].quantized)
+            elif passengers:
+                passengers.heads.append(weight)
 
 
 def round_to_nearest(model: LazyModel, plan: Plan, outputs: list[Output], clock: Clock) -> Iterator[LayerReport]:
@@ -381,7 +460,7 @@ def round_to_nearest(model: LazyModel, plan: Plan, outputs: list[Output], clock:
         yield from rounded({"head": _claim_head(model, plan)})
 
 
-def _claim_embedding(model: LazyModel, plan: Plan) -> None:
+def _claim_embedding(model: LazyModel, plan: Destinations) -> None:
     plan.claim({"embedding": model.embedding.weight.detach()})
 
 
@@ -391,7 +470,7 @@ def _embedding_group(model: LazyModel) -> Group:
     return Group([Matrix("embedding", weight, weight.clone())], LayerStats(0))
 
 
-def _claim_head(model: LazyModel, plan: Plan) -> torch.Tensor:
+def _claim_head(model: LazyModel, plan: Destinations) -> torch.Tensor:
     assert model.head is not None
     weight = model.head.weight.detach()
     plan.claim({"head": weight})

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from formats import FORMATS, BlockFormat
+from formats import FORMATS, BlockFormat, find_format
 from qronos_export.errors import PlanError, UsageError
 
 if TYPE_CHECKING:
@@ -44,9 +44,9 @@ class Mix:
     quantized: Sequence[str]
     substitutes: Mapping[str, str]
 
-    def format(self, tensor: str) -> BlockFormat | None:
-        """What `tensor` is rounded to; None where it stays as it is."""
-        return FORMATS[self.types[tensor]] if tensor in self.quantized else None
+    def format(self, tensor: str, columns: int) -> BlockFormat | None:
+        """What `tensor`, with rows of `columns` weights, is rounded to; None where it stays as it is."""
+        return find_format(self.types[tensor], columns) if tensor in self.quantized else None
 
 
 def mix(

@@ -12,6 +12,7 @@ from qronos_export.errors import UsageError
 
 METHODS = ("qronos", "gptq", "gpfq", "rtn")
 TRANSFORMS = ("hadamard", "hadamard-r2", "smoothquant", "awq", "aqas", "equalize", "permute")
+ACTIVATIONS = ("none", "q8_0", "q8_k", "int8", "int4", "mxfp4", "mxfp8")
 ORDERS = ("natural", "descending", "blocks")
 
 
@@ -24,8 +25,10 @@ class Recipe:
     overrides:        globs of GGUF tensor names -> type; the first that fits counts.
     output_type, embedding_type: type of the output matrix and of the token embedding; None leaves them to llama.cpp.
     pure:             one type for all tensors instead of llama.cpp's mix.
-    transforms:       done to the weights before, in this order, comma separated: hadamard,
-                      hadamard-r2, smoothquant, awq, aqas, equalize, permute.
+    transforms:       done to the weights before, in this order, comma separated: hadamard, hadamard-r2, smoothquant,
+                      awq, aqas, equalize, permute; none, or auto: equalize where something is calibrated and it fits.
+    activations:      what the quantized stream rounds the inputs of its matrices to: none, q8_0 or q8_k as llama.cpp's
+                      kernels do, or for `evaluate` alone int8, int4, mxfp4, mxfp8.
     method:           qronos, gptq, gpfq or rtn.
     damping:          α in λ = α · mean(diag H).
     shrinkage:        β in G_β = H + β(G − H): how far the measured mismatch of the two streams is trusted.
@@ -42,7 +45,8 @@ class Recipe:
     output_type: str | None = None
     embedding_type: str | None = None
     pure: bool = False
-    transforms: str = ""
+    transforms: str = "auto"
+    activations: str = "none"
     method: str = "qronos"
     damping: float = 3e-2
     shrinkage: float = 0.5
@@ -57,9 +61,10 @@ class Recipe:
     def __post_init__(self) -> None:
         if not all(self.formats) or len(set(self.formats)) < len(self.formats):
             raise UsageError(f"format is {self.format!r}; expected names such as Q4_0 or Q4_0,Q4_K_M, each once.")
-        for name in self.transform_names:
-            _one_of("transforms", name, TRANSFORMS)
         _one_of("method", self.method, METHODS)
+        for name in self.transform_names:
+            _one_of("transforms", name, (*TRANSFORMS, "none", "auto"))
+        _one_of("activations", self.activations, ACTIVATIONS)
         _one_of("order", self.order, ORDERS)
         for name in ("samples", "sequence_length", "micro_batch"):
             if getattr(self, name) < 1:
@@ -75,7 +80,10 @@ class Recipe:
 
     @property
     def transform_names(self) -> list[str]:
-        return [name.strip() for name in self.transforms.split(",")] if self.transforms else []
+        """What `transforms` comes to."""
+        if self.transforms == "auto":
+            return [] if self.method == "rtn" else ["equalize"]
+        return [] if self.transforms == "none" else [name.strip() for name in self.transforms.split(",")]
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -100,6 +108,16 @@ def load_recipe(path: Path, **overrides: Any) -> Recipe:
     if "schema" in data and isinstance(data.get("recipe"), dict):
         data = data["recipe"]
     return recipe_from({**data, **overrides}, str(path))
+
+
+def plain_value(text: str) -> Any:
+    """A setting as YAML reads it: `3` is a number, `Q4_0` a string. Raises UsageError for what is no YAML."""
+    import yaml
+
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UsageError(f"{text!r} cannot be read as the value of a setting: {error}") from error
 
 
 def recipe_from(data: dict[str, Any], where: str) -> Recipe:

@@ -56,6 +56,7 @@ class RunReport:
 
     kept:         tensors that stay float though their type was planned: {artifact, tensor, type, why}.
     substitutes:  tensors whose rows the planned type does not divide: {artifact, tensor, wanted, type}.
+    notes:        what the run left out that the recipe's `auto` would have done, and why.
     """
 
     model: dict[str, Any]
@@ -67,6 +68,7 @@ class RunReport:
     layers: list[LayerReport] = field(default_factory=list)
     kept: list[dict[str, str]] = field(default_factory=list)
     substitutes: list[dict[str, str]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
     peak_memory_bytes: int = 0
     schema: int = SCHEMA

@@ -17,6 +17,9 @@ import torch.nn.functional as F
 from greenlet import getcurrent, greenlet
 from torch import Tensor, nn
 
+Activation = Callable[[Tensor], Tensor]
+"""Rounds what a layer reads: float [..., features] to the like."""
+
 
 @dataclass(frozen=True)
 class Routed:
@@ -46,8 +49,10 @@ class Stop:
 class Block:
     """A decoder block whose forwards report to whoever switched into them. Owns the replaced forwards."""
 
-    def __init__(self, module: nn.Module, wanted: Callable[[str], bool]) -> None:
-        """`wanted(name)` says whether the weight of the linear or experts module `name` will be rounded."""
+    def __init__(self, module: nn.Module, wanted: Callable[[str], bool], activation: Activation | None = None) -> None:
+        """`wanted(name)` says whether the weight of the linear or experts module `name` will be rounded; `activation`
+        rounds what these read."""
+        self._activation = activation or (lambda x: x)
         self.module = module
         self._leaders: dict[str, Stop] | None = None  # stop by the name of the module that reaches it first
         self._record: Callable[[str, str, Any], None] | None = None
@@ -110,6 +115,7 @@ class Block:
 
     def _linear(self, name: str, linear: nn.Linear) -> Callable[[Tensor], Tensor]:
         def forward(x: Tensor) -> Tensor:
+            x = self._activation(x)
             self._arrive(name, "linear", x)
             return F.linear(x, linear.weight, linear.bias)
 
@@ -117,10 +123,13 @@ class Block:
 
     def _experts(self, name: str, experts: Any) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
         def forward(hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
-            routed = Routed(hidden, index)
-            self._arrive(name, "up", routed)
+            hidden = self._activation(hidden)
+            self._arrive(name, "up", Routed(hidden, index))
             used = [expert for expert in index.unique().tolist() if expert < experts.down_proj.shape[0]]
-            inner = {expert: expert_inner(experts, expert, hidden[routed.tokens(expert)]) for expert in used}
+            inner = {
+                expert: self._activation(expert_inner(experts, expert, hidden[Routed(hidden, index).tokens(expert)]))
+                for expert in used
+            }
             self._arrive(name, "down", Routed(hidden, index, inner))
             output = torch.zeros_like(hidden)
             for expert in used:

@@ -25,16 +25,20 @@ OUTSIDE = {  # third-party packages, and the only places that may import them
 }
 LEAVES = {"errors", "cache", "memory", "statistics", "process"}  # anyone may import these; they import one another only
 INSIDE = {  # a module of qronos_export, and what else of qronos_export it may import
-    "cli": {"pipeline", "recipe", "report", "llamacpp", "llamacpp_build", "validation", ""},
+    "cli": {"evaluation", "pipeline", "recipe", "report", "llamacpp", "llamacpp_build", "validation", ""},
     "__main__": {"cli"},
     "pipeline": {
-        "artifact", "calibration", "checkpoint", "corpus", "layers", "llamacpp", "plan", "recipe", "report", "rounding",
-        "transformed", "validation",
+        "activations", "artifact", "calibration", "checkpoint", "corpus", "layers", "llamacpp", "plan", "recipe",
+        "report", "rounding", "transformed", "validation",
+    },
+    "evaluation": {
+        "artifact", "calibration", "checkpoint", "corpus", "pipeline", "plan", "recipe", "transformed",
     },
     "layers": {"artifact", "calibration", "plan", "report", "rounding"},
     "plan": {"artifact", "recipe"},
     "calibration": {"suspended"},
-    "transforms": {"rounding", "suspended"},
+    "transforms": {"activations", "rounding", "suspended"},
+    "activations": set(),
     "transformed": {"calibration", "checkpoint", "transforms"},
     "corpus": {"checkpoint"},
     "validation": {"llamacpp"},
@@ -73,6 +77,8 @@ def violations(path: str, source: str) -> list[str]:
                 "plan",
                 "artifact",
                 "cli",
+                "activations",
+                "evaluation",
             }
         elif top == "qronos_export":
             reachable = LEAVES if own in LEAVES or own == "__init__" else LEAVES | INSIDE.get(own, set()) | {own}

@@ -23,6 +23,7 @@ from transformers.core_model_loading import (
     convert_and_load_state_dict_in_model,
     rename_source_key,
 )
+from transformers.modeling_outputs import MoeModelOutputWithPast
 from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils.loading_report import LoadStateDictInfo
 
@@ -77,6 +78,16 @@ class LazyModel:
     def tied(self) -> bool:
         """Whether embedding and head are one tensor."""
         return self.head is not None and self.head.weight is self.embedding.weight
+
+    def logits(self, tokens: Tensor, hidden: Tensor) -> Tensor:
+        """What the model makes of `hidden` [sequences, length, hidden], outputs of its decoder for `tokens`: float32
+        [sequences, length, vocabulary]. By its own forward, so scales and caps are in it."""
+        inner = self.model.get_decoder()
+        inner.forward = lambda *_, **__: MoeModelOutputWithPast(last_hidden_state=hidden)
+        try:
+            return cast(Tensor, self.model(input_ids=tokens, use_cache=False).logits).float()
+        finally:
+            del inner.forward
 
     def load_block(self, index: int) -> nn.Module:
         """`blocks[index]`, its weights read from disk; raises CheckpointError where they are missing or not finite."""

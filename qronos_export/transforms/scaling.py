@@ -19,7 +19,6 @@ among the candidates, so a search never makes its own objective worse.
 from __future__ import annotations
 
 import functools
-import math
 from abc import abstractmethod
 from collections.abc import Callable
 
@@ -27,6 +26,7 @@ import torch
 from torch import Tensor
 
 from formats import FORMATS, BlockFormat
+from qronos_export.activations import eight_bits
 from qronos_export.rounding.least_squares import normal_equations
 from qronos_export.statistics import LayerStats
 from qronos_export.transforms.anatomy import Anatomy, Norm, Pair
@@ -34,6 +34,7 @@ from qronos_export.transforms.transform import Inputs, InputStats, Transform
 
 STEPS = 20
 _ROWS = 256  # for a search that needs no more
+_SMALLEST_BLOCK = 32
 _A = (0.0, 1 / 16, 1 / 8, 1 / 4, 1 / 2)
 _B = (0.0, 0.5, 0.75, 0.9, 1.0, 1.1)
 
@@ -56,7 +57,9 @@ class Scaling(Transform):
                 scale_pair(pair, self._factors([pair.second.weight.float()], inputs[pair.second.name], pair.copies))
 
     def _factors(self, weights: list[Tensor], inputs: InputStats, copies: Tensor | None = None) -> Tensor:
-        """s [inputs], or [rows of copies] where inputs must share theirs."""
+        """s [inputs]; `copies` are inputs that share theirs. Ones where no block divides the rows: these stay float."""
+        if len(inputs.largest) % _SMALLEST_BLOCK:
+            return torch.ones_like(inputs.largest)
         return self.factors(weights, inputs, lambda s: s if copies is None else shared(s, copies))
 
     @abstractmethod
@@ -179,11 +182,4 @@ def search_format(name: str, columns: int) -> BlockFormat:
 
 def runtime_block(format: str, columns: int) -> int:
     """How many neighbouring inputs share a scale when llama.cpp multiplies with `format`: 256 for K types, else 32."""
-    return 256 if search_format(format, columns).block_size == 256 else math.gcd(32, columns)
-
-
-def eight_bits(x: Tensor, block: int) -> Tensor:
-    """`x` [tokens, features] in blocks of neighbours, each on 255 even levels around zero."""
-    blocks = x.view(len(x), -1, block)
-    scale = blocks.abs().amax(2, keepdim=True).clamp(min=1e-30) / 127
-    return ((blocks / scale).round() * scale).view(x.shape)
+    return 256 if search_format(format, columns).block_size == 256 else _SMALLEST_BLOCK

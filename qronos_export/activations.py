@@ -1,0 +1,64 @@
+"""What a runtime rounds the inputs of its matrices to, so that the quantized stream can read the same.
+
+    int8, int4     a scale and a zero point for each token, min and max on the codes' ends
+    mxfp4, mxfp8   blocks of 32 under a power of two by the OCP Microscaling specification's rule; E2M1 and E4M3
+    q8_0, q8_k     eight bits in blocks of 32 and 256: llama.cpp's CPU kernels for plain types and for K types
+
+llama.cpp does the last two whether it is simulated or not; nothing that runs our files does the others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from formats import FORMATS
+from formats.microscaling import MX
+
+Activation = Callable[[Tensor], Tensor]
+
+
+def activation(name: str) -> Activation:
+    """Rounds float [..., features] along the last dimension; a KeyError for names that are not in ACTIVATIONS."""
+    return ACTIVATIONS[name]
+
+
+def per_token(x: Tensor, bits: int) -> Tensor:
+    """Integers under a scale and a zero point for each token."""
+    low, high = x.amin(-1, keepdim=True).clamp(max=0), x.amax(-1, keepdim=True).clamp(min=0)
+    scale = ((high - low) / (2**bits - 1)).clamp(min=1e-30)
+    zero = (-low / scale).round()
+    return ((x / scale + zero).round().clamp_(0, 2**bits - 1) - zero) * scale
+
+
+def blocks_of_floats(x: Tensor, fmt: MX) -> Tensor:
+    """2^(⌊log2 max|x|⌋ − emax) for each block of 32."""
+    blocks = x.unflatten(-1, (-1, 32))
+    _, exponent = torch.frexp(blocks.abs().amax(-1, keepdim=True))
+    scale = torch.ldexp(torch.full_like(blocks[..., :1], fmt.unit / 2), exponent - 1 - fmt.largest_exponent)
+    return (fmt.levels.snap(blocks / scale) * scale).view_as(x)
+
+
+def eight_bits(x: Tensor, block: int) -> Tensor:
+    """255 even levels around zero for each `block` of neighbours."""
+    blocks = x.unflatten(-1, (-1, block))
+    scale = blocks.abs().amax(-1, keepdim=True).clamp(min=1e-30) / 127
+    return ((blocks / scale).round() * scale).view_as(x)
+
+
+def _mx(name: str) -> Activation:
+    fmt = FORMATS[name]
+    assert isinstance(fmt, MX)
+    return lambda x: blocks_of_floats(x, fmt)
+
+
+ACTIVATIONS: dict[str, Activation] = {
+    "int8": lambda x: per_token(x, 8),
+    "int4": lambda x: per_token(x, 4),
+    "mxfp4": _mx("MXFP4"),
+    "mxfp8": _mx("MXFP8_E4M3"),
+    "q8_0": lambda x: eight_bits(x, 32),
+    "q8_k": lambda x: eight_bits(x, 256),
+}

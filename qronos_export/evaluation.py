@@ -1,0 +1,225 @@
+"""Quality in torch, without a file: perplexity and KL divergence by llama.cpp's protocol, also for grids and for
+activations that no file or no runtime has.
+
+Held-out sequences ride along in the streams of a calibration, so there is one pass and no second copy of the model. All
+linear layers of the blocks get the recipe's type; embedding and head stay float, as in the literature.
+"""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from formats import BlockFormat, FormatError, find_format
+from qronos_export import calibration
+from qronos_export.artifact.gguf import StoredTensor, Target
+from qronos_export.calibration import Clock, Decoder
+from qronos_export.checkpoint import LazyModel, open_checkpoint
+from qronos_export.corpus import calibration_tokens, held_out_tokens
+from qronos_export.errors import UsageError
+from qronos_export.memory import give_back
+from qronos_export.pipeline import Event, Held, Passengers, Stage, Step, calibrate, fold, held_out_file, pick_device
+from qronos_export.plan import Mix
+from qronos_export.recipe import Recipe
+from qronos_export.transformed import PROBE, need_inputs
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A model on a text, and next to it what a recipe makes of it (None without one). Divergences are nats per scored
+    token, `same_top` percent, errors one standard deviation."""
+
+    perplexity_reference: float
+    perplexity_reference_error: float
+    context: int
+    chunks: int
+    perplexity: float | None = None
+    perplexity_error: float | None = None
+    kl_divergence: float | None = None
+    kl_divergence_error: float | None = None
+    same_top: float | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    evaluation: Evaluation
+    recipe: Recipe | None
+
+
+def evaluate(
+    model: str,
+    recipe: Recipe | None,
+    held: Held,
+    *,
+    device: str = "auto",
+    micro_batch: int = 8,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> Iterator[Event | Evaluated]:
+    """Perplexity of `model` on held-out text; with a recipe also its own and the KL divergence. Ends with Evaluated.
+
+    Raises UsageError for a format of the recipe that is no single type, CalibrationError for texts that are too short.
+    """
+    yield Stage("load")
+    where = pick_device(device)
+    checkpoint = open_checkpoint(model)
+    with tempfile.TemporaryDirectory(prefix="qronos-export-") as scratch:
+        folder = Path(scratch)
+        tokens = held_out_tokens(held_out_file(held, folder), checkpoint, held.context, held.chunks).to(where)
+        if recipe is None:
+            yield Stage("float model")
+            yield Evaluated(_of_floats(LazyModel(checkpoint, where), tokens, micro_batch), None)
+            return
+        drawn = PROBE.to(where)
+        if recipe.method != "rtn" or need_inputs(recipe.transform_names):
+            yield Stage("calibration text")
+            drawn = calibration_tokens(
+                recipe.calibration, checkpoint, samples=recipe.samples, length=recipe.sequence_length,
+                seed=recipe.seed, device=where, on_progress=on_progress,
+            ).tokens.to(where)  # fmt: skip
+        yield Stage("transforms")
+        folded = fold(recipe, checkpoint, drawn, folder)
+        lazy = LazyModel(folded.checkpoint, where)
+        plan, output = _everything(lazy, recipe)
+        riding = Passengers(tokens)
+        yield Stage("layers", len(output.mix.quantized))
+        for done, layer in enumerate(calibrate(lazy, plan, [output], drawn, recipe, Clock(), riding), start=1):
+            yield Step(done, layer)
+        yield Stage("scores")
+        yield Evaluated(_compare(lazy, riding, held.context), recipe)
+
+
+class _Everything:
+    """A plan in which every weight is its own target."""
+
+    def __init__(self, names: set[str]) -> None:
+        self._names = names
+        self._targets: dict[str, Target] = {}
+        self._tensors: dict[str, StoredTensor] = {}
+
+    def claim(self, weights: Mapping[str, Tensor]) -> None:
+        for name in self._names & weights.keys():
+            rows = torch.arange(len(weights[name]))
+            self._targets[name] = Target(name, name, rows, rows)
+            self._tensors[name] = StoredTensor(name, "F32", tuple(weights[name].shape), 0, 0)
+
+    def targets(self, name: str) -> list[Target]:
+        return [self._targets[name]] if name in self._targets else []
+
+    def forget(self) -> None:
+        self._targets.clear()
+        self._tensors.clear()
+
+    def tensor(self, target: Target) -> StoredTensor:
+        return self._tensors[target.tensor]
+
+    def may_have_scale(self, tensor: str) -> bool:
+        return True
+
+
+class _Nowhere:
+    """Blocks are of no use here."""
+
+    def put(
+        self, tensor: StoredTensor, fmt: BlockFormat, file_rows: Tensor, blocks: Tensor, values: Tensor, scales: Tensor
+    ) -> None:
+        pass
+
+
+@dataclass(frozen=True)
+class _Output:
+    mix: Mix
+    store: _Nowhere
+
+
+def _everything(model: LazyModel, recipe: Recipe) -> tuple[_Everything, _Output]:
+    (name, *others) = recipe.formats
+    if others:
+        raise UsageError(f"evaluate takes one format at a time, not {recipe.format}.")
+    columns: dict[str, int] = {}
+    for block, block_name in zip(model.blocks, model.block_names, strict=True):
+        columns.update((n, w.shape[1]) for n, w in calibration.block_matrices(block, block_name).items())
+    for weight, width in columns.items():
+        try:
+            find_format(name, width).check(width)
+        except FormatError as error:
+            raise UsageError(f"{weight}: {error}. evaluate takes a single type; mixes are for files.") from error
+    types = dict.fromkeys(columns, name)
+    return _Everything(set(columns)), _Output(Mix(name, 0, types, list(columns), {}), _Nowhere())
+
+
+def _of_floats(model: LazyModel, tokens: Tensor, micro_batch: int) -> Evaluation:
+    decoder = Decoder(model.model.get_decoder(), model.blocks)
+    batches = calibration.enter(decoder, tokens, micro_batch)
+    for index in range(len(model.blocks)):
+        block = model.load_block(index)
+        for batch in batches:
+            output = block(batch.x, **batch.arguments[index])
+            batch.x = output[0] if isinstance(output, tuple) else output
+        model.release_block(index)
+        give_back()
+    losses = torch.cat([
+        _losses(_log_probabilities(model, decoder, ids, x), ids)
+        for batch in batches
+        for ids, x in zip(batch.tokens.split(1), batch.x.split(1), strict=True)
+    ])  # fmt: skip
+    return Evaluation(*_perplexity(losses), context=tokens.shape[1], chunks=len(tokens))
+
+
+def _compare(model: LazyModel, riding: Passengers, context: int) -> Evaluation:
+    decoder = Decoder(model.model.get_decoder(), model.blocks)
+    assert model.head is not None
+    head, (stored,) = model.head.weight.data, riding.heads
+    reference, losses, divergences, agreed = [], [], [], []
+    for batch in riding.batches:
+        for ids, x, x_hat in zip(batch.tokens.split(1), batch.x.split(1), batch.x_hat[0].split(1), strict=True):
+            p = _log_probabilities(model, decoder, ids, x)
+            try:
+                model.head.weight.data = stored
+                q = _log_probabilities(model, decoder, ids, x_hat)
+            finally:
+                model.head.weight.data = head
+            reference.append(_losses(p, ids))
+            losses.append(_losses(q, ids))
+            divergences.append((p.exp() * (p - q)).sum(-1).flatten())
+            agreed.append((p.argmax(-1) == q.argmax(-1)).flatten())
+    divergence = torch.cat(divergences).double()
+    return Evaluation(
+        *_perplexity(torch.cat(reference)),
+        context,
+        len(riding.tokens),
+        *_perplexity(torch.cat(losses)),
+        float(divergence.mean()),
+        float(divergence.std() / math.sqrt(len(divergence))),
+        100 * float(torch.cat(agreed).float().mean()),
+    )
+
+
+@torch.no_grad()
+def _log_probabilities(model: LazyModel, decoder: Decoder, tokens: Tensor, hidden: Tensor) -> Tensor:
+    """What is said of the tokens llama.cpp scores, the second half of a chunk: float32 [1, scored, vocabulary]."""
+    last = decoder.leave(tokens, hidden)[:, tokens.shape[1] // 2 : -1]
+    return F.log_softmax(model.logits(tokens, last), dim=-1)
+
+
+def _losses(log_probabilities: Tensor, tokens: Tensor) -> Tensor:
+    """Negative log-likelihood of each scored token: [sequences × scored]."""
+    target = tokens[:, tokens.shape[1] // 2 + 1 :]
+    return -log_probabilities.gather(-1, target[..., None]).flatten()
+
+
+def _perplexity(losses: Tensor) -> tuple[float, float]:
+    """exp of the mean, and its standard error."""
+    losses = losses.double()
+    value = math.exp(float(losses.mean()))
+    return value, value * float(losses.std(correction=0)) / math.sqrt(len(losses) - 1)

@@ -1,0 +1,102 @@
+"""`evaluate`: llama.cpp's protocol in torch, and what it says of grids and activations without a file."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from formats import FORMATS
+from qronos_export.activations import ACTIVATIONS, activation
+from qronos_export.checkpoint import load_whole, open_checkpoint
+from qronos_export.corpus import held_out_text, held_out_tokens
+from qronos_export.errors import UsageError
+from qronos_export.evaluation import Evaluated, Evaluation, evaluate
+from qronos_export.pipeline import Held
+from qronos_export.recipe import ACTIVATIONS as NAMES
+from qronos_export.recipe import Recipe
+from tests.families import FAMILIES, make
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "held.txt"
+    path.write_text(held_out_text()[:60_000])
+    return path
+
+
+def measure(model: Path, recipe: Recipe | None, text: Path, chunks: int = 6) -> Evaluation:
+    *_, done = evaluate(str(model), recipe, Held(text, 64, chunks), device="cpu", micro_batch=2)
+    assert isinstance(done, Evaluated)
+    return done.evaluation
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_perplexity_is_the_models_own(family: str, text: Path, tmp_path: Path) -> None:
+    """Block by block as by transformers in one piece, whatever the family does to its logits."""
+    checkpoint = open_checkpoint(str(make(family, tmp_path / "tiny")))
+    tokens = held_out_tokens(text, checkpoint, 64, 6)
+    with torch.no_grad():
+        logits = load_whole(checkpoint)(tokens).logits.float()
+    losses = F.cross_entropy(logits[:, 32:-1].flatten(0, 1), tokens[:, 33:].flatten(), reduction="none").double()
+    found = measure(checkpoint.folder, None, text)
+    assert found.perplexity_reference == pytest.approx(math.exp(losses.mean()), rel=1e-5)
+    error = math.exp(losses.mean()) * losses.std(correction=0) / math.sqrt(len(losses) - 1)
+    assert found.perplexity_reference_error == pytest.approx(float(error), rel=1e-4)
+    assert (found.chunks, found.context, found.kl_divergence) == (6, 64, None)
+
+
+@pytest.mark.parametrize("family", ["llama", "llama_tied", "qwen3_moe", "gemma3"])
+def test_finer_is_closer(family: str, text: Path, tmp_path: Path) -> None:
+    model = make(family, tmp_path / "tiny")
+    recipe = Recipe(str(model), "INT8_G32", calibration=str(text), samples=6, sequence_length=64)
+
+    def kl(**changes: str) -> float:
+        found = measure(model, replace(recipe, **changes), text)
+        assert found.kl_divergence is not None and found.kl_divergence_error is not None
+        assert 0 < found.kl_divergence_error < found.kl_divergence
+        return found.kl_divergence
+
+    eight, four, two = kl(), kl(format="UINT4_G32"), kl(format="INT2")
+    assert 0 < eight < four < two
+    assert eight < 0.05  # a token routed elsewhere costs most
+    assert kl(activations="int8") > eight  # the inputs are rounded, too
+    assert kl(activations="int4") > kl(activations="mxfp8")
+    assert kl(format="INT2", method="rtn") > two
+
+
+def test_a_mix_is_for_files(text: Path, tmp_path: Path) -> None:
+    model = make("llama", tmp_path / "tiny")
+    for format, message in (("Q4_K_M", "there is no format Q4_K_M"), ("Q4_K", "blocks of 256"), ("Q4_0,Q8_0", "one")):
+        with pytest.raises(UsageError, match=message):
+            measure(model, Recipe(str(model), format, method="rtn"), text)
+
+
+def test_recipes_know_every_activation() -> None:
+    assert ("none", *sorted(ACTIVATIONS)) == ("none", *sorted(NAMES[1:]))
+
+
+def test_activations_are_rounded_as_their_formats_say() -> None:
+    x = torch.randn(5, 512, generator=torch.Generator().manual_seed(0)) * torch.logspace(-3, 3, 512)
+    for name, bits in (("int8", 8), ("int4", 4)):
+        rounded = activation(name)(x)
+        steps = (x.amax(1) - x.amin(1)) / (2**bits - 1)
+        assert all(len(row.unique()) <= 2**bits for row in rounded)
+        assert bool(((rounded - x).abs() <= 1.01 * steps[:, None]).all())
+        assert torch.equal(activation(name)(torch.zeros(1, 32)), torch.zeros(1, 32))
+    torch.testing.assert_close(
+        activation("q8_0")(x), activation("q8_k")(x), atol=2 * float(x.abs().max()) / 127, rtol=0
+    )
+    stored = FORMATS["Q8_0"].dequantize(FORMATS["Q8_0"].quantize(x))  # its scale is a half, and searched
+    torch.testing.assert_close(activation("q8_0")(x), stored, rtol=0.02, atol=float(x.abs().max()) / 127)
+    for name, emax, largest in (("mxfp4", 2, 6.0), ("mxfp8", 8, 448.0)):
+        rounded = activation(name)(x).unflatten(1, (-1, 32))
+        scale = 2.0 ** (x.unflatten(1, (-1, 32)).abs().amax(2, keepdim=True).log2().floor() - emax)
+        assert float((rounded / scale).abs().max()) <= largest
+        if name == "mxfp4":
+            assert set((rounded / scale).abs().unique().tolist()) <= {0, 0.5, 1, 1.5, 2, 3, 4, 6}
+        assert torch.equal(activation(name)(torch.zeros(1, 32)), torch.zeros(1, 32))
