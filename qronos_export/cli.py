@@ -93,7 +93,7 @@ def quantize(
             "permute; or none. auto: equalize, unless the method is rtn.",
         ),
     ] = None,
-    method: Annotated[str | None, _setting("method", "qronos, gptq, gpfq or rtn.")] = None,
+    method: Annotated[str | None, _setting("method", "qronos, gptaq, gptq, gpfq or rtn.")] = None,
     calibration: Annotated[
         str | None, _setting("calibration", "Text file, hf:NAME[:CONFIG[:SPLIT]], or self: sampled from the model.")
     ] = None,
@@ -104,6 +104,7 @@ def quantize(
     shrinkage: Annotated[
         float | None, _setting("shrinkage", "How far the measured mismatch of the streams is trusted, 0 to 1.")
     ] = None,
+    magr: Annotated[float | None, _setting("magr", "MagR's α, for few bits: how much of extremes is given up.")] = None,
     order: Annotated[
         str | None, _setting("order", "Columns: natural, descending, or blocks: heavy ones first.")
     ] = None,
@@ -266,7 +267,7 @@ def formats() -> None:
 
     table = Table("format", "bits per weight", "block", "bytes a block", "how", box=None, pad_edge=False)
     for fmt in FORMATS.values():
-        how = "kept as it is" if fmt.is_float else "rtn, gptq, gpfq, qronos"
+        how = "kept as it is" if fmt.is_float else "rtn, gpfq, gptq, gptaq, qronos"
         if fmt.ggml_type is None:
             how = "no GGUF type; in torch only"
         table.add_row(fmt.name, f"{fmt.bits_per_weight:g}", str(fmt.block_size), str(fmt.block_bytes), how)

@@ -377,7 +377,7 @@ def calibrate(
 ) -> Iterator[LayerReport]:
     """Embedding, every block, head: all streams side by side; yields each tensor as it is rounded."""
     rounder = ROUNDERS[recipe.method]
-    settings = Settings(recipe.damping, recipe.shrinkage, recipe.order)
+    settings = Settings(recipe.damping, recipe.shrinkage, recipe.order, recipe.magr)
     decoder = calibration.Decoder(model.model.get_decoder(), model.blocks)
     rounded_inputs = None if recipe.activations == "none" else activation(recipe.activations)
 

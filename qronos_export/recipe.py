@@ -10,7 +10,7 @@ from typing import Any
 
 from qronos_export.errors import UsageError
 
-METHODS = ("qronos", "gptq", "gpfq", "rtn")
+METHODS = ("qronos", "gptaq", "gptq", "ldlq", "gpfq", "rtn")
 TRANSFORMS = ("hadamard", "hadamard-r2", "smoothquant", "awq", "aqas", "equalize", "permute")
 ACTIVATIONS = ("none", "q8_0", "q8_k", "int8", "int4", "mxfp4", "mxfp8")
 ORDERS = ("natural", "descending", "blocks")
@@ -29,9 +29,10 @@ class Recipe:
                       awq, aqas, equalize, permute; none, or auto: equalize where something is calibrated and it fits.
     activations:      what the quantized stream rounds the inputs of its matrices to: none, q8_0 or q8_k as llama.cpp's
                       kernels do, or for `evaluate` alone int8, int4, mxfp4, mxfp8.
-    method:           qronos, gptq, gpfq or rtn.
+    method:           qronos, gptaq, gptq, ldlq (QuIP's name for gptq), gpfq or rtn.
     damping:          α in λ = α · mean(diag H).
     shrinkage:        β in G_β = H + β(G − H): how far the measured mismatch of the two streams is trusted.
+    magr:             MagR's α: how much of the weights' extremes is given up before they are rounded; 0 is none.
     order:            natural, descending (by diag H, scales fixed beforehand), or blocks: blocks with heavy inputs
                       first, in them heavy columns; in natural and blocks the scales follow the diffused weights.
     calibration:      a text file, `hf:NAME[:CONFIG[:SPLIT]]`, or `self` for text sampled from the model.
@@ -50,6 +51,7 @@ class Recipe:
     method: str = "qronos"
     damping: float = 3e-2
     shrinkage: float = 0.5
+    magr: float = 0.0
     order: str = "blocks"
     calibration: str = "self"
     samples: int = 128
@@ -71,6 +73,8 @@ class Recipe:
                 raise UsageError(f"{name} is {getattr(self, name)}; expected at least 1.")
         if not (math.isfinite(self.damping) and self.damping >= 0):
             raise UsageError(f"damping is {self.damping}; expected a number ≥ 0, typically 1e-6 … 1e-1.")
+        if not (math.isfinite(self.magr) and self.magr >= 0):
+            raise UsageError(f"magr is {self.magr}; expected a number ≥ 0, typically 1e-3 … 1e-1.")
         if not 0 <= self.shrinkage <= 1:
             raise UsageError(f"shrinkage is {self.shrinkage}; expected a number from 0 (GPTQ) to 1 (trust fully).")
 

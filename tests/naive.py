@@ -46,3 +46,27 @@ def gpfq(weight: Tensor, hessian: Tensor, cross: Tensor, nearest: Nearest) -> Te
         value = weight[:, : t + 1] @ cross[: t + 1, t] - q[:, :t] @ hessian[:t, t]
         q[:, t] = nearest(value / hessian[t, t], t)
     return q
+
+
+def ldlq(weight: Tensor, hessian: Tensor, nearest: Nearest) -> Tensor:
+    """QuIP's: H = (U + I) D (U + I)ᵀ with U strictly upper; q_k = nearest(w_k + (w − q)_{<k} U_{<k,k})."""
+    upper = torch.linalg.cholesky(hessian.flip(0, 1)).flip(0, 1)  # RRᵀ = H
+    feedback = (upper / upper.diagonal()).triu(1)
+    q = torch.zeros_like(weight)
+    for k in range(weight.shape[1]):
+        q[:, k] = nearest(weight[:, k] + (weight - q)[:, :k] @ feedback[:k, k], k)
+    return q
+
+
+def gptaq(weight: Tensor, hessian: Tensor, cross: Tensor, shrinkage: float, nearest: Nearest) -> Tensor:
+    """Optimal brain quantization that also hands on w_t (G − H)_t, solved for on the columns not yet rounded."""
+    original, target, q = weight, weight.clone(), torch.zeros_like(weight)
+    for t in range(weight.shape[1]):
+        q[:, t] = nearest(target[:, t], t)
+        rest = hessian[t + 1 :, t + 1 :]
+        if not len(rest):
+            break
+        error = (q[:, t] - target[:, t])[:, None] * -torch.linalg.solve(rest, hessian[t + 1 :, t])
+        drift = torch.linalg.solve(rest, (cross - hessian)[t, t + 1 :])
+        target[:, t + 1 :] += error + shrinkage * original[:, t : t + 1] * drift
+    return q

@@ -67,7 +67,7 @@ def test_debug_shows_the_traceback_wherever_it_stands(arguments: list[str]) -> N
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"method": "magic"}, "method is 'magic'; expected one of qronos, gptq, gpfq, rtn"),
+        ({"method": "magic"}, "method is 'magic'; expected one of qronos, gptaq, gptq, ldlq, gpfq, rtn"),
         ({"samples": 0}, "samples is 0; expected at least 1"),
         ({"damping": -1.0}, "damping is -1.0; expected a number ≥ 0"),
         ({"shrinkage": 2.0}, "shrinkage is 2.0"),

@@ -8,8 +8,9 @@ from torch import Tensor
 
 from formats import FORMATS, BlockFormat, IntegerGrid
 from qronos_export.recipe import ORDERS
-from qronos_export.rounding import ROUNDERS, Settings, gpfq, gptq, qronos, rtn
+from qronos_export.rounding import ROUNDERS, Settings, gpfq, gptaq, gptq, qronos, rtn
 from qronos_export.rounding.least_squares import column_order, normal_equations
+from qronos_export.rounding.magr import magr, project_l1
 from qronos_export.rounding.sweep import DivergedError, sweep
 from qronos_export.statistics import LayerStats
 from tests import naive
@@ -98,6 +99,75 @@ def test_qronos_in_descending_order_is_the_papers_algorithm_on_reordered_columns
     expected = naive.qronos(weight.double()[:, order], *permuted, normal.damping, nearest)
     ours = qronos(weight, stats, Q4, Settings(0.01, shrinkage, "descending")).weight.dequantize()
     assert close(ours[:, order], expected)
+
+
+def test_ldlq_is_gptq() -> None:
+    """QuIP's theorem: written with H's own factors, the same codes."""
+    assert ROUNDERS["ldlq"] is gptq
+    weight, stats, *_ = problem()
+    grid, nearest = fixed(Q4, weight)
+    damped = stats.hessian.double()
+    damped += 0.01 * damped.diagonal().mean() * torch.eye(len(damped), dtype=torch.float64)
+    assert close(swept(weight, stats, 0.01, grid), naive.ldlq(weight.double(), damped, nearest))
+
+
+@pytest.mark.parametrize("shrinkage", [0.0, 0.5, 1.0])
+def test_gptaq_is_the_papers_algorithm(shrinkage: float) -> None:
+    weight, stats, *_ = problem()
+    normal = normal_equations(stats, 0.01, "descending")
+    order = normal.order
+    grid = Q4.fit(_gptaq_target(weight, stats, shrinkage), stats.hessian.diagonal())
+
+    def nearest(values: Tensor, j: int) -> Tensor:
+        padded = torch.zeros_like(weight)
+        padded[:, order[j]] = values.to(torch.float32)
+        return grid.values(grid.nearest(padded))[:, order[j]].to(torch.float64)
+
+    hessian, cross = (matrix.double()[order][:, order] for matrix in (stats.hessian, stats.cross))
+    damping = normal.damping * torch.eye(len(hessian), dtype=torch.float64)
+    expected = naive.gptaq(weight.double()[:, order], hessian + damping, cross + damping, shrinkage, nearest)
+    ours = gptaq(weight, stats, Q4, Settings(0.01, shrinkage, "descending")).weight.dequantize()
+    assert close(ours[:, order], expected)
+
+
+def _gptaq_target(weight: Tensor, stats: LayerStats, shrinkage: float) -> Tensor:
+    """What is swept, column by column: W + β W P, each row of P from its own small system."""
+    normal = normal_equations(stats, 0.01, "descending")
+    order = normal.order
+    hessian, cross = (matrix.double()[order][:, order] for matrix in (stats.hessian, stats.cross))
+    damped = hessian + normal.damping * torch.eye(len(hessian), dtype=torch.float64)
+    target = weight.double()[:, order]
+    for t in range(len(hessian) - 1):
+        handed = torch.linalg.solve(damped[t + 1 :, t + 1 :], (cross - hessian)[t, t + 1 :])
+        target[:, t + 1 :] += shrinkage * weight.double()[:, order[t], None] * handed
+    return target[:, order.argsort()].float()
+
+
+def test_magr_shrinks_extremes_at_little_cost() -> None:
+    """Where the inputs leave a direction open, the largest weights of every group fall and the outputs hardly move."""
+    torch.manual_seed(0)
+    x = torch.randn(800, 20) @ torch.randn(20, 64)
+    hessian = x.T @ x / len(x)
+    weight = torch.randn(8, 64)
+    smaller = magr(weight, hessian, 1e-2, 32, steps=200)
+    peaks, before = (w.view(-1, 32).abs().amax(1) for w in (smaller, weight))
+    assert bool((peaks < before).all()) and float((peaks / before).mean()) < 0.75
+    moved = float((x @ (smaller - weight).T).square().sum() / (x @ weight.T).square().sum())
+    assert moved < 1e-2
+    assert torch.equal(magr(weight, hessian, 0.0, 32), weight)
+
+
+def test_projection_on_the_l1_ball() -> None:
+    """Against its definition: no other point of the ball is nearer; points inside stay."""
+    torch.manual_seed(0)
+    rows = torch.randn(50, 7)
+    found = project_l1(rows)
+    assert bool((found.abs().sum(1) <= 1 + 1e-5).all())
+    others = torch.randn(400, 7)
+    others /= others.abs().sum(1, keepdim=True).clamp(min=1)
+    assert bool((torch.cdist(rows, others).amin(1) >= (rows - found).norm(dim=1) - 1e-5).all())
+    inside = rows / rows.abs().sum(1, keepdim=True) * 0.9
+    torch.testing.assert_close(project_l1(inside), inside)
 
 
 def test_gpfq_is_its_formula() -> None:

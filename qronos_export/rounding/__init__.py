@@ -1,11 +1,19 @@
 """Rounders: a weight, its layer's statistics and a format in; storable blocks out. One file and one line below each."""
 
 from qronos_export.rounding.gpfq import gpfq
+from qronos_export.rounding.gptaq import gptaq
 from qronos_export.rounding.gptq import gptq
 from qronos_export.rounding.qronos import qronos
 from qronos_export.rounding.rounded import Rounded, Rounder, Settings
 from qronos_export.rounding.rtn import rtn
 
-ROUNDERS: dict[str, Rounder] = {"qronos": qronos, "gptq": gptq, "gpfq": gpfq, "rtn": rtn}
+ROUNDERS: dict[str, Rounder] = {
+    "qronos": qronos,
+    "gptaq": gptaq,
+    "gptq": gptq,
+    "ldlq": gptq,  # QuIP's (arXiv 2307.13304) linear feedback is the same
+    "gpfq": gpfq,
+    "rtn": rtn,
+}
 
-__all__ = ["ROUNDERS", "Rounded", "Rounder", "Settings", "gpfq", "gptq", "qronos", "rtn"]
+__all__ = ["ROUNDERS", "Rounded", "Rounder", "Settings", "gpfq", "gptaq", "gptq", "qronos", "rtn"]

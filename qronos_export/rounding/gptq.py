@@ -10,6 +10,7 @@ from torch import Tensor
 
 from formats import BlockFormat, QuantizedWeight
 from qronos_export.rounding.least_squares import Normal, SingularError, normal_equations
+from qronos_export.rounding.magr import magr
 from qronos_export.rounding.rounded import Rounded, Rounder, Settings
 from qronos_export.rounding.rtn import rtn
 from qronos_export.rounding.sweep import DivergedError, sweep
@@ -36,7 +37,7 @@ def calibrated(solve: Callable[[Tensor, Normal, BlockFormat, Settings], Rounded]
 def gptq(weight: Tensor, normal: Normal, fmt: BlockFormat, settings: Settings) -> Rounded:
     """Round `weight` [rows, columns] so that X̂q stays close to X̂w."""
     _, mismatch = normal.project(weight, 0.0)
-    return diffuse(weight, normal, fmt, "gptq", mismatch, settings.order)
+    return diffuse(weight, normal, fmt, "gptq", mismatch, settings)
 
 
 def diffuse(
@@ -45,12 +46,15 @@ def diffuse(
     fmt: BlockFormat,
     method: str,
     mismatch: Tensor,
-    order: str,
+    settings: Settings,
     first: Tensor | None = None,
 ) -> Rounded:
     """Sweep `target` [rows, columns]; the loss follows from the bookkeeping Σ e_t² / U_tt², exactly and for free."""
     importance = normal.hessian.diagonal()
-    grid = fmt.fit(target, importance) if order == "descending" else None  # it meets no block as a whole
+    if settings.magr:
+        target, first = magr(target, normal.hessian, settings.magr, fmt.block_size), None
+    # In descending order no block is met as a whole.
+    grid = fmt.fit(target, importance) if settings.order == "descending" else None
     codes, grid, errors = sweep(
         target, normal.feedback, fmt, importance=importance, order=normal.order, grid=grid, first=first
     )

@@ -22,4 +22,4 @@ def qronos(weight: Tensor, normal: Normal, fmt: BlockFormat, settings: Settings)
     drift = normal.cross[:, j] - normal.hessian[:, j]
     # w·G_β[:,j] − w_r·H[r,j] = w_j·H_jj + β·w·(G − H)[:,j]
     first = weight[:, j] + settings.shrinkage * (weight @ drift) / normal.hessian[j, j]
-    return diffuse(target, normal, fmt, "qronos", mismatch, settings.order, first)
+    return diffuse(target, normal, fmt, "qronos", mismatch, settings, first)

@@ -33,7 +33,7 @@ from qronos_export.transforms.anatomy import Anatomy, Norm, Pair
 from qronos_export.transforms.transform import Inputs, InputStats, Transform
 
 STEPS = 20
-_ROWS = 256  # for a search that needs no more
+_ROWS = 1024  # for a search that needs no more
 _SMALLEST_BLOCK = 32
 _A = (0.0, 1 / 16, 1 / 8, 1 / 4, 1 / 2)
 _B = (0.0, 0.5, 0.75, 0.9, 1.0, 1.1)
