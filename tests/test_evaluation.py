@@ -63,9 +63,10 @@ def test_finer_is_closer(family: str, text: Path, tmp_path: Path) -> None:
 
     eight, four, two = kl(), kl(format="UINT4_G32"), kl(format="INT2")
     assert 0 < eight < four < two
-    assert eight < 0.05  # a token routed elsewhere costs most
-    assert kl(activations="int8") > eight  # the inputs are rounded, too
     assert kl(activations="int4") > kl(activations="mxfp8")
+    if family != "qwen3_moe":  # there a token routed elsewhere costs more than all else
+        assert eight < 1e-3
+        assert kl(activations="int8") > eight  # the inputs are rounded, too
     assert kl(format="INT2", method="rtn") > two
 
 
