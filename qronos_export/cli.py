@@ -18,7 +18,7 @@ import typer
 
 from qronos_export import __version__
 from qronos_export.errors import GateError, QronosError, UsageError
-from qronos_export.recipe import RECIPE_FIELDS, Recipe, load_recipe, plain_value, recipe_from
+from qronos_export.recipe import RECIPE_FIELDS, Recipe, load_recipe, plain_value, recipe_from, shipped
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -35,6 +35,8 @@ app = typer.Typer(
 )
 llamacpp_app = typer.Typer(help="The llama.cpp behind this tool.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(llamacpp_app, name="llamacpp")
+recipe_app = typer.Typer(help="Recipes that come with the program.", no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(recipe_app, name="recipe")
 
 
 def _setting(name: str, help: str, **more: Any) -> Any:
@@ -44,6 +46,9 @@ def _setting(name: str, help: str, **more: Any) -> Any:
 
 LlamaCppOption = Annotated[
     Path | None, typer.Option("--llamacpp", help="Folder of llama.cpp's tools; otherwise found.", metavar="FOLDER")
+]
+RecipeOption = Annotated[
+    str | None, typer.Option(help="YAML of settings, a report.json, or one of `recipe list`.", metavar="FILE|NAME")
 ]
 ContextOption = Annotated[int, typer.Option("--context", help="Tokens a chunk.")]
 ChunksOption = Annotated[int | None, typer.Option("--chunks", help="Chunks to validate on at most.")]
@@ -110,10 +115,7 @@ def quantize(
     ] = None,
     micro_batch: Annotated[int | None, _setting("micro_batch", "Sequences run at a time.")] = None,
     device: Annotated[str | None, _setting("device", "auto, cpu, cuda or cuda:i.")] = None,
-    recipe: Annotated[
-        Path | None,
-        typer.Option(help="YAML of all the above, or a report.json; options given here win.", metavar="FILE"),
-    ] = None,
+    recipe: RecipeOption = None,
     text: TextOption = None,
     context: ContextOption = 512,
     chunks: ChunksOption = 40,
@@ -197,7 +199,7 @@ def validate(
 @app.command()
 def evaluate(
     model: Annotated[str, typer.Argument(help="Folder with config.json and safetensors, hub id, .gguf or `demo`.")],
-    recipe: Annotated[Path | None, typer.Option(help="YAML of settings, or a report.json.", metavar="FILE")] = None,
+    recipe: RecipeOption = None,
     settings: Annotated[
         list[str] | None, typer.Option("--set", help="Of the recipe; wins over its file.", metavar="KEY=VALUE")
     ] = None,
@@ -256,6 +258,25 @@ def _setting_of(given: str) -> tuple[str, Any]:
     if not (separator and key):
         raise UsageError(f"--set {given} is not KEY=VALUE; write for example --set format=INT4_G128.")
     return key, plain_value(value)
+
+
+@recipe_app.command("list")
+def recipe_list() -> None:
+    """Recipes that come with the program."""
+    _table(
+        *(
+            (name, path.read_text(encoding="utf-8").splitlines()[0].removeprefix("# "))
+            for name, path in shipped().items()
+        )
+    )
+
+
+@recipe_app.command("show")
+def recipe_show(name: Annotated[str, typer.Argument(help="One of `recipe list`.")]) -> None:
+    """Print a recipe; what it does not name is the default, see `quantize --help`. A copy of it can be changed."""
+    if name not in shipped():
+        raise UsageError(f"There is no recipe {name!r}; there are {', '.join(shipped())}.")
+    typer.echo(shipped()[name].read_text(encoding="utf-8"), nl=False)
 
 
 @app.command()

@@ -96,15 +96,26 @@ class Recipe:
 RECIPE_FIELDS = tuple(field.name for field in fields(Recipe))
 
 
-def load_recipe(path: Path, **overrides: Any) -> Recipe:
-    """The recipe in a YAML file, or the one in a run's report.json; `overrides` win.
+_SHIPPED = Path(__file__).with_name("recipes")
+
+
+def shipped() -> dict[str, Path]:
+    """The recipes that come with the package, by name."""
+    return {path.stem: path for path in sorted(_SHIPPED.glob("*.yaml"))}
+
+
+def load_recipe(source: Path | str, **overrides: Any) -> Recipe:
+    """The recipe of a shipped name, in a YAML file, or the one in a run's report.json; `overrides` win.
 
     Raises UsageError naming unknown or ill-typed keys.
     """
     import yaml
 
+    path = shipped().get(str(source), Path(source))
     try:
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UsageError(f"There is no recipe {source}: no such file, nor one of {', '.join(shipped())}.") from error
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise UsageError(f"{path} cannot be read as a recipe: {error}") from error
     if not isinstance(data, dict):

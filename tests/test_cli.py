@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from formats import FORMATS
 from qronos_export.cli import app
 from qronos_export.errors import UsageError
-from qronos_export.recipe import RECIPE_FIELDS, Recipe, load_recipe, recipe_from
+from qronos_export.recipe import RECIPE_FIELDS, Recipe, load_recipe, plain_value, recipe_from, shipped
 from qronos_export.report import RunReport
 
 
@@ -96,6 +96,34 @@ def test_recipes_round_trip_and_options_win(tmp_path: Path) -> None:
     file.write_text("model: demo\ndamping: 1e-2\noverrides:\n  'blk.0.*': Q8_0\n  'blk.*': Q4_0\n")
     loaded = load_recipe(file)  # 1e-2 is a string in YAML 1.1
     assert loaded.damping == 0.01 and list(loaded.overrides) == ["blk.0.*", "blk.*"]
+
+
+def test_shipped_recipes_are_recipes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each says in its first line what it is for, loads by name, and is what `recipe show` prints."""
+    runner = CliRunner()
+    listed = runner.invoke(app, ["recipe", "list"]).output
+    for name, path in shipped().items():
+        text = path.read_text()
+        assert text.startswith("# ") and name in listed
+        assert load_recipe(name, model="demo").format != ""
+        assert runner.invoke(app, ["recipe", "show", name]).output == text
+        for fmt in load_recipe(name, model="demo").formats:
+            assert text.startswith("# For `evaluate`") == (fmt[:4] in ("INT4", "UINT") or "activations:" in text)
+    assert {"q4_0", "q4_k_m", "mxfp4", "w2-hadamard-magr", "w4a4-int-quarot"} <= shipped().keys()
+    with pytest.raises(UsageError, match=r"no recipe q4_9: no such file, nor one of .*q4_0"):
+        load_recipe("q4_9", model="demo")
+    monkeypatch.chdir(tmp_path)
+    assert isinstance(runner.invoke(app, ["recipe", "show", "nothing"]).exception, UsageError)
+
+
+def test_settings_of_evaluate_are_yaml() -> None:
+    assert plain_value("1e-3") == "1e-3" and plain_value("3") == 3 and plain_value("Q4_0") == "Q4_0"
+    found = recipe_from({"model": "demo", "magr": plain_value("1e-3"), "pure": plain_value("true")}, "--set")
+    assert (found.magr, found.pure) == (1e-3, True)
+    with pytest.raises(UsageError, match="cannot be read as the value"):
+        plain_value("{")
+    refused = CliRunner().invoke(app, ["evaluate", "demo", "--set", "format"])
+    assert isinstance(refused.exception, UsageError) and "KEY=VALUE" in str(refused.exception)
 
 
 def test_a_report_is_a_recipe_too(tmp_path: Path) -> None:
