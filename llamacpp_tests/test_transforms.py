@@ -21,7 +21,7 @@ from tests.families import make
 def test_llamacpp_computes_the_same(family: str, llamacpp: LlamaCpp, english: Path, tmp_path: Path) -> None:
     checkpoint = open_checkpoint(str(make(family, tmp_path / "tiny")))
     after = transformed(
-        checkpoint, TRANSFORMS, tokens=PROBE.repeat(8, 1), format="Q4_0", seed=0, micro_batch=8, folder=tmp_path
+        checkpoint, TRANSFORMS, tokens=PROBE.repeat(8, 1), formats=["Q4_0"], seed=0, micro_batch=8, folder=tmp_path
     )
     before = llamacpp.convert(checkpoint.folder, tmp_path / "before.gguf", "f32")
     file = llamacpp.convert(after.folder, tmp_path / "after.gguf", "f32")

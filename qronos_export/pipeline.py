@@ -223,7 +223,7 @@ def fold(recipe: Recipe, checkpoint: Checkpoint, tokens: torch.Tensor, folder: P
             checkpoint,
             names,
             tokens=tokens,
-            format=recipe.formats[0],
+            formats=recipe.formats,
             seed=recipe.seed,
             micro_batch=recipe.micro_batch,
             folder=folder / "transformed",

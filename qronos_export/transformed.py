@@ -5,7 +5,7 @@ After the last one logits of both are compared; whatever misread the architectur
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from qronos_export.errors import TransformError
 from qronos_export.memory import give_back
 from qronos_export.transforms import TRANSFORMS, InputStats, Outside, Transform
 from qronos_export.transforms.anatomy import Anatomy, dissect
+from qronos_export.transforms.scaling import search_format
 
 SAME = 1e-3  # largest difference of logits that is arithmetic, as a share of the largest logit
 PROBE = torch.arange(5, 37)[None]  # int64 [1, 32], any tokens: what a transform without inputs is shown
@@ -37,17 +38,19 @@ def transformed(
     names: Iterable[str],
     *,
     tokens: Tensor,
-    format: str,
+    formats: Sequence[str],
     seed: int,
     micro_batch: int,
     folder: Path,
 ) -> Checkpoint:
     """`checkpoint` after the transforms `names`, written below `folder`; named like the original.
 
-    tokens: int64 [samples, length] on the device to compute on; some transforms look at the inputs they cause.
+    tokens:  int64 [samples, length] on the device to compute on; some transforms look at the inputs they cause.
+    formats: of the artifacts; searches round to the coarsest, which has the most to lose.
     Raises TransformError where one does not fit the model, or where the result does not compute the same.
     """
     source = checkpoint
+    format = min(formats, key=lambda each: search_format(each, 256).bits_per_weight)
     for number, name in enumerate(names):
         try:
             target = folder / f"{number}-{name}"

@@ -33,7 +33,7 @@ def tokens(checkpoint: Checkpoint, samples: int = 6) -> torch.Tensor:
 
 def apply(checkpoint: Checkpoint, names: list[str], folder: Path, seed: int = 0) -> Checkpoint:
     return transformed(
-        checkpoint, names, tokens=tokens(checkpoint), format="Q4_0", seed=seed, micro_batch=2, folder=folder
+        checkpoint, names, tokens=tokens(checkpoint), formats=["Q4_0"], seed=seed, micro_batch=2, folder=folder
     )
 
 

@@ -18,6 +18,7 @@ among the candidates, so a search never makes its own objective worse.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from abc import abstractmethod
 from collections.abc import Callable
@@ -25,7 +26,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from formats import FORMATS, BlockFormat
+from formats import FORMATS, BlockFormat, FormatError, find_format
 from qronos_export.activations import eight_bits
 from qronos_export.rounding.least_squares import normal_equations
 from qronos_export.statistics import LayerStats
@@ -176,8 +177,12 @@ def _rounded(weight: Tensor, format: str, importance: Tensor | None = None) -> T
 
 def search_format(name: str, columns: int) -> BlockFormat:
     """The type a search rounds to: by the artifact's name (Q4_K for Q4_K_M), or Q4_0 where its blocks do not divide."""
-    fmt = next((FORMATS[n] for n in (name, name.rpartition("_")[0]) if n in FORMATS), FORMATS["Q4_0"])
-    return fmt if columns % fmt.block_size == 0 else FORMATS["Q4_0"]
+    for each in (name, name.rpartition("_")[0]):
+        with contextlib.suppress(FormatError):
+            fmt = find_format(each, columns)
+            fmt.check(columns)
+            return fmt
+    return FORMATS["Q4_0"]
 
 
 def runtime_block(format: str, columns: int) -> int:
