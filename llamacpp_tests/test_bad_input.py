@@ -208,3 +208,23 @@ def test_a_reports_recipe_given_to_the_command_makes_the_same_bytes(
     again = command("quantize", "--recipe", file, "--output", tmp_path / "again", "--no-validate")
     assert again.code == 0, again.err
     assert json.loads((tmp_path / "again" / "report.json").read_text())["artifacts"] == report["artifacts"]
+
+
+@pytest.mark.parametrize(
+    ("setting", "says"),
+    [
+        ("activations: int4", "activations: int4 is for `evaluate` alone: llama.cpp rounds what a matrix reads"),
+        ("online: r4", "online: r4 is for `evaluate` alone: llama.cpp rotates nothing"),
+        ("format: INT4_G32", "There is no type 'INT4_G32'"),
+    ],
+)
+def test_what_no_runtime_executes_is_for_evaluate(setting: str, says: str, tiny: Path, tmp_path: Path, command) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(f"method: rtn\n{setting}\n")
+    done = command("quantize", tiny, "-o", tmp_path / "out", "--recipe", recipe)
+    assert (done.code, done.out) == (2, "") and says in " ".join(done.err.split())
+    assert not (tmp_path / "out").exists()
+    evaluated = command(
+        "evaluate", tiny, "--recipe", recipe, "--set", "format=INT4_G32", "--chunks", 2, "--context", 64, "--json"
+    )
+    assert evaluated.code == 0 and json.loads(evaluated.out)["kl_divergence"] > 0

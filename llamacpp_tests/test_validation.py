@@ -7,9 +7,13 @@ from pathlib import Path
 
 import pytest
 
+from qronos_export.checkpoint import open_checkpoint
 from qronos_export.errors import CalibrationError, LlamaCppError, OutputError, UsageError
+from qronos_export.evaluation import Evaluated, evaluate
 from qronos_export.llamacpp import LlamaCpp
+from qronos_export.pipeline import Held
 from qronos_export.validation import Gate, Reference, Validation, validate
+from tests.families import make
 
 REPORT_KEYS = {
     "perplexity",
@@ -103,3 +107,15 @@ def test_failures_leave_the_workspace_empty(llamacpp: LlamaCpp, demo_gguf: Path,
     with pytest.raises(LlamaCppError, match=r"broken\.gguf"):
         validate(broken, demo_gguf, english, llamacpp=llamacpp, workspace=workspace, context=64, chunks=2)
     assert list(workspace.iterdir()) == []
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3", "qwen3_moe"])
+def test_torch_computes_llama_perplexity(family: str, llamacpp: LlamaCpp, english: Path, tmp_path: Path) -> None:
+    """`evaluate` follows the same protocol on the same tokens."""
+    checkpoint = open_checkpoint(str(make(family, tmp_path / "tiny")))
+    file = llamacpp.convert(checkpoint.folder, tmp_path / "float.gguf", "f32")
+    theirs = llamacpp.perplexity(file, english, context=64, chunks=8)
+    *_, done = evaluate(str(checkpoint.folder), None, Held(english, 64, 8), device="cpu")
+    assert isinstance(done, Evaluated)
+    assert done.evaluation.perplexity_reference == pytest.approx(theirs.value, rel=3e-3)
+    assert done.evaluation.perplexity_reference_error == pytest.approx(theirs.error, rel=1e-2)

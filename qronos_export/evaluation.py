@@ -7,6 +7,7 @@ linear layers of the blocks get the recipe's type; embedding and head stay float
 
 from __future__ import annotations
 
+import functools
 import math
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
@@ -16,20 +17,21 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from formats import BlockFormat, FormatError, find_format
 from qronos_export import calibration
 from qronos_export.artifact.gguf import StoredTensor, Target
 from qronos_export.calibration import Clock, Decoder
-from qronos_export.checkpoint import LazyModel, open_checkpoint
+from qronos_export.checkpoint import Checkpoint, LazyModel, open_checkpoint
 from qronos_export.corpus import calibration_tokens, held_out_tokens
-from qronos_export.errors import UsageError
+from qronos_export.errors import TransformError, UsageError
 from qronos_export.memory import give_back
 from qronos_export.pipeline import Event, Held, Passengers, Stage, Step, calibrate, fold, held_out_file, pick_device
 from qronos_export.plan import Mix
 from qronos_export.recipe import Recipe
 from qronos_export.transformed import PROBE, need_inputs
+from qronos_export.transforms.hadamard import random_rotation
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,8 @@ def evaluate(
 ) -> Iterator[Event | Evaluated]:
     """Perplexity of `model` on held-out text; with a recipe also its own and the KL divergence. Ends with Evaluated.
 
-    Raises UsageError for a format of the recipe that is no single type, CalibrationError for texts that are too short.
+    Raises UsageError for a format of the recipe that is no single type, CalibrationError for texts that are too short,
+    TransformError for what does not fit the model.
     """
     yield Stage("load")
     where = pick_device(device)
@@ -89,7 +92,7 @@ def evaluate(
             ).tokens.to(where)  # fmt: skip
         yield Stage("transforms")
         folded = fold(recipe, checkpoint, drawn, folder)
-        lazy = LazyModel(folded.checkpoint, where)
+        lazy = (Rotated if recipe.online == "r4" else LazyModel)(folded.checkpoint, where)
         plan, output = _everything(lazy, recipe)
         riding = Passengers(tokens)
         yield Stage("layers", len(output.mix.quantized))
@@ -97,6 +100,37 @@ def evaluate(
             yield Step(done, layer)
         yield Stage("scores")
         yield Evaluated(_compare(lazy, riding, held.context), recipe)
+
+
+class Rotated(LazyModel):
+    """QuaRot's online R4 (arXiv 2404.00456): every `down_proj` reads its input times a Hadamard matrix, and has the
+    same in its weight. The function stays; outliers of what it reads are spread before they are rounded."""
+
+    def __init__(self, checkpoint: Checkpoint, device: torch.device | str = "cpu") -> None:
+        super().__init__(checkpoint, device)
+        found = False
+        for block in self.blocks:
+            for linear in _downs(block):
+                linear.register_forward_pre_hook(lambda _, args: (args[0] @ self._rotation(args[0].shape[-1]),))
+                found = True
+        if not found:
+            raise TransformError(
+                f"online r4 does not fit {checkpoint.name}: it has no down_proj that is a linear layer."
+            )
+
+    def load_block(self, index: int) -> nn.Module:
+        block = super().load_block(index)
+        for linear in _downs(block):
+            linear.weight.data = linear.weight @ self._rotation(linear.in_features)
+        return block
+
+    @functools.cache  # noqa: B019  # two or three models a process
+    def _rotation(self, size: int) -> Tensor:
+        return random_rotation(size, torch.Generator().manual_seed(0)).to(self.device, torch.float32)
+
+
+def _downs(block: nn.Module) -> list[nn.Linear]:
+    return [part for name, part in block.named_modules() if name.endswith("down_proj") and isinstance(part, nn.Linear)]
 
 
 class _Everything:

@@ -101,6 +101,8 @@ def run(
             f"activations: {recipe.activations} is for `evaluate` alone: llama.cpp rounds what a matrix reads to eight "
             "bits of its own, q8_0 or q8_k."
         )
+    if recipe.online != "none":
+        raise UsageError(f"online: {recipe.online} is for `evaluate` alone: llama.cpp rotates nothing while it runs.")
     known = llamacpp.quantize_types()
     for name in recipe.formats:
         if name not in CARRIERS and known.get(name) is None:

@@ -29,6 +29,7 @@ class Recipe:
                       awq, aqas, equalize, permute; none, or auto: equalize where something is calibrated and it fits.
     activations:      what the quantized stream rounds the inputs of its matrices to: none, q8_0 or q8_k as llama.cpp's
                       kernels do, or for `evaluate` alone int8, int4, mxfp4, mxfp8.
+    online:           r4 rotates what `down` reads while the model runs, for `evaluate` alone; or none.
     method:           qronos, gptaq, gptq, ldlq (QuIP's name for gptq), gpfq or rtn.
     damping:          α in λ = α · mean(diag H).
     shrinkage:        β in G_β = H + β(G − H): how far the measured mismatch of the two streams is trusted.
@@ -48,6 +49,7 @@ class Recipe:
     pure: bool = False
     transforms: str = "auto"
     activations: str = "none"
+    online: str = "none"
     method: str = "qronos"
     damping: float = 3e-2
     shrinkage: float = 0.5
@@ -67,6 +69,7 @@ class Recipe:
         for name in self.transform_names:
             _one_of("transforms", name, (*TRANSFORMS, "none", "auto"))
         _one_of("activations", self.activations, ACTIVATIONS)
+        _one_of("online", self.online, ("none", "r4"))
         _one_of("order", self.order, ORDERS)
         for name in ("samples", "sequence_length", "micro_batch"):
             if getattr(self, name) < 1:

@@ -9,10 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
 
 from formats import FORMATS
 from qronos_export.activations import ACTIVATIONS, activation
 from qronos_export.checkpoint import load_whole, open_checkpoint
+from qronos_export.checkpoint.lazy import read_finite
 from qronos_export.corpus import held_out_text, held_out_tokens
 from qronos_export.errors import UsageError
 from qronos_export.evaluation import Evaluated, Evaluation, evaluate
@@ -75,6 +77,29 @@ def test_a_mix_is_for_files(text: Path, tmp_path: Path) -> None:
     for format, message in (("Q4_K_M", "there is no format Q4_K_M"), ("Q4_K", "blocks of 256"), ("Q4_0,Q8_0", "one")):
         with pytest.raises(UsageError, match=message):
             measure(model, Recipe(str(model), format, method="rtn"), text)
+
+
+def test_an_online_rotation_spreads_what_down_reads(text: Path, tmp_path: Path) -> None:
+    """With outliers there, 4-bit activations hurt less; with float ones nothing changes."""
+    checkpoint = open_checkpoint(str(make("llama", tmp_path / "tiny")))
+    loud = {}
+    for name, weight in read_finite(checkpoint, checkpoint.tensors).items():
+        loud[name] = weight.clone()
+        if name.endswith(("up_proj.weight", "down_proj.weight")):
+            rows = loud[name] if name.endswith("up_proj.weight") else loud[name].T
+            rows[::16] *= 30 if name.endswith("up_proj.weight") else 1 / 30
+    save_file(loud, checkpoint.folder / "model.safetensors", {"format": "pt"})
+    recipe = Recipe(
+        str(checkpoint.folder), "INT8_G32", transforms="none", calibration=str(text), samples=6, sequence_length=64
+    )
+
+    def kl(**changes: str) -> float:
+        found = measure(checkpoint.folder, replace(recipe, **changes), text).kl_divergence
+        assert found is not None
+        return found
+
+    assert kl(online="r4") < 1e-3
+    assert kl(online="r4", activations="int4") < 0.9 * kl(activations="int4")
 
 
 def test_recipes_know_every_activation() -> None:
