@@ -3,6 +3,8 @@
     fp16 s | codes as a little-endian stream                  w = s·q,        −2^(bits−1) ≤ q < 2^(bits−1)
     fp16 s | u8 z | codes as a little-endian stream           w = s·(q − z),  0 ≤ q, z < 2^bits
 
+    fp16 s | codes of 2 bits as a little-endian stream        w = s·(q − 1),  0 ≤ q ≤ 2 (ternary)
+
 What ONNX calls blocked DequantizeLinear and MatMulNBits. GGUF has no such types.
 """
 
@@ -16,7 +18,7 @@ from torch import Tensor
 from formats.affine_search import affine_codes, affine_error, search_affine
 from formats.bits import pack_stream, unpack_stream
 from formats.block import BlockFormat, FormatError, Grid, Integers, blocked, half_bytes, half_from_bytes, reciprocal
-from formats.scale_search import best_scale, grouped, in_chunks, search_scale, to_half
+from formats.scale_search import best_scale, best_ternary_scale, grouped, in_chunks, search_scale, to_half
 
 
 @final
@@ -92,6 +94,39 @@ class IntegerGrid(BlockFormat):
         z = None if self.symmetric else parts[:, :, 2].to(torch.float32)
         codes = unsigned.view(torch.int8) + self.levels.low if self.symmetric else unsigned
         return codes.view(rows, -1), self._grid(half_from_bytes(parts[:, :, :2]), z)
+
+
+@final
+class TernaryGrid(BlockFormat):
+    """fp16 s | codes of 2 bits;  w = s·(q − 1), 0 ≤ q ≤ 2, in groups of any multiple of 4 weights, or whole rows."""
+
+    ggml_type = None
+    levels = Integers(-1, 1)
+
+    def __init__(self, group: int) -> None:
+        """Raises FormatError for groups that do not fill whole bytes."""
+        if group < 1 or group % 4:
+            raise FormatError(f"no ternary grid in groups of {group}; 2-bit codes in whole bytes")
+        self.name = f"TERNARY_G{group}"
+        self.block_size = group
+        self.block_bytes = 2 + group // 4
+
+    def fit(self, weights: Tensor, importance: Tensor | None = None) -> Grid:
+        scale = to_half(best_ternary_scale(*grouped(weights, importance, self.block_size)))
+        return self._grid(scale.view(weights.shape[0], -1))
+
+    def _grid(self, s: Tensor) -> Grid:
+        return Grid(s, self.levels, group=self.block_size, fields=(s,))
+
+    def pack(self, codes: Tensor, grid: Grid) -> Tensor:
+        rows = codes.shape[0]
+        unsigned = (codes + 1).contiguous().view(torch.uint8).view(rows, -1, self.block_size)
+        return torch.cat([half_bytes(grid.fields[0]), pack_stream(unsigned, 2)], dim=2).view(rows, -1)
+
+    def unpack(self, blocks: Tensor) -> tuple[Tensor, Grid]:
+        parts = blocked(blocks, self.block_bytes)
+        codes = unpack_stream(parts[:, :, 2:].contiguous(), 2).view(torch.int8) - 1
+        return codes.view(blocks.shape[0], -1), self._grid(half_from_bytes(parts[:, :, :2]))
 
 
 def _reach(bits: int) -> tuple[float, ...]:

@@ -108,7 +108,9 @@ def test_shipped_recipes_are_recipes(tmp_path: Path, monkeypatch: pytest.MonkeyP
         assert load_recipe(name, model="demo").format != ""
         assert runner.invoke(app, ["recipe", "show", name]).output == text
         for fmt in load_recipe(name, model="demo").formats:
-            assert text.startswith("# For `evaluate`") == (fmt[:4] in ("INT4", "UINT") or "activations:" in text)
+            assert text.startswith("# For `evaluate`") == (
+                fmt[:4] in ("INT4", "UINT", "TERN") or "activations:" in text
+            )
     assert {"q4_0", "q4_k_m", "mxfp4", "w2-hadamard-magr", "w4a4-int-quarot"} <= shipped().keys()
     with pytest.raises(UsageError, match=r"no recipe q4_9: no such file, nor one of .*q4_0"):
         load_recipe("q4_9", model="demo")

@@ -9,9 +9,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from formats import FORMATS, BlockFormat, FormatError, Grid, IntegerGrid
+from formats import FORMATS, BlockFormat, FormatError, Grid, IntegerGrid, TernaryGrid, find_format
 
 INTEGERS = [IntegerGrid(bits, group, symmetric=even) for bits in (2, 3, 4, 8) for group in (32, 256) for even in (0, 1)]
+INTEGERS.append(TernaryGrid(64))
 BLOCKS = [*(fmt for fmt in FORMATS.values() if not fmt.is_float), *INTEGERS]
 FLOATS = [fmt for fmt in FORMATS.values() if fmt.is_float]
 
@@ -223,3 +224,19 @@ def test_joined_grids_equal_a_fit_of_the_whole() -> None:
     whole = fmt.fit(weights)
     assert torch.equal(parts.scale, whole.scale)
     assert torch.equal(fmt.pack(parts.nearest(weights), parts), fmt.quantize(weights))
+
+
+def test_formats_are_found_by_name() -> None:
+    for name, fmt in FORMATS.items():
+        assert find_format(name, 256) is fmt
+    for name, found in (
+        ("INT4_G128", IntegerGrid(4, 128)),
+        ("UINT3", IntegerGrid(3, 576, symmetric=False)),
+        ("TERNARY_G64", TernaryGrid(64)),
+        ("TERNARY", TernaryGrid(576)),
+    ):
+        grid = find_format(name, 576)
+        assert (grid.name, grid.block_size, type(grid)) == (found.name, found.block_size, type(found))
+    for wrong in ("INT5", "INT4_G", "int4", "UTERNARY", "Q4_0_G64", "INT3_G4"):
+        with pytest.raises(FormatError):
+            find_format(wrong, 576)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from formats import FORMATS, BlockFormat, IntegerGrid
+from formats import FORMATS, BlockFormat, IntegerGrid, TernaryGrid
 from qronos_export.recipe import ORDERS
 from qronos_export.rounding import ROUNDERS, Settings, gpfq, gptaq, gptq, qronos, rtn
 from qronos_export.rounding.least_squares import column_order, normal_equations
@@ -19,6 +19,7 @@ Q4, Q8 = FORMATS["Q4_0"], FORMATS["Q8_0"]
 BLOCKS = [
     *(fmt for fmt in FORMATS.values() if not fmt.is_float),
     *(IntegerGrid(bits, 64, symmetric=even) for bits in (2, 3, 4, 8) for even in (False, True)),
+    TernaryGrid(64),
 ]
 
 
