@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from qronos_export import pipeline
 from qronos_export.checkpoint import open_checkpoint
@@ -85,3 +86,22 @@ def test_columns_are_equalized_unless_told_otherwise(
     with pytest.raises(TransformError, match="it is odd"):
         finish(replace(recipe, transforms="equalize"), "insisted")
     assert not (tmp_path / "insisted").exists()
+
+
+@pytest.mark.parametrize("source", ["bf16", "gguf", "experts"])
+def test_whatever_a_model_is_stored_as(
+    source: str, llamacpp: LlamaCpp, english: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Scales of sixteen bits would change the model; they are kept in 32, and so is what no format rounds."""
+    monkeypatch.setenv("QRONOS_EXPORT_CACHE", str(tmp_path / "cache"))
+    dtype = torch.bfloat16 if source == "bf16" else torch.float32
+    model = make("qwen3_moe" if source == "experts" else "llama", tmp_path / "tiny", dtype=dtype)
+    if source == "gguf":
+        model = llamacpp.convert(model, tmp_path / "float.gguf", "f32")
+    recipe = Recipe(str(model), "Q8_0,Q4_0", calibration=str(english), samples=8, sequence_length=64, device="cpu")
+    held = pipeline.Held(english, context=64, chunks=8)
+    *_, finished = pipeline.run(recipe, tmp_path / "out", llamacpp=llamacpp, held=held)
+    assert isinstance(finished, pipeline.Finished)
+    assert (finished.report.recipe["transforms"], finished.report.notes) == ("equalize", [])
+    fine, coarse = (artifact.validation["kl_divergence"] for artifact in finished.report.artifacts)
+    assert 0 < fine < 0.02 and fine < coarse

@@ -33,12 +33,13 @@ T = TypeVar("T")
 
 
 def _until_told(silence: type[LlamaCppError]) -> Callable[[Callable[P, T]], Callable[P, T]]:
-    """Run again where llama.cpp lost its last words (its issue 22142); the third `silence` is an error."""
+    """Run again where llama.cpp lost its last words (its issue 22142; on a busy machine it was seen to do so three
+    times in a row); the last of six `silence`s is an error."""
 
     def decorate(use: Callable[P, T]) -> Callable[P, T]:
         @functools.wraps(use)
         def told(*args: P.args, **kwargs: P.kwargs) -> T:
-            for _ in range(2):
+            for _ in range(5):
                 with contextlib.suppress(silence):
                     return use(*args, **kwargs)
             return use(*args, **kwargs)

@@ -113,8 +113,11 @@ def run(
     report_path = output / "report.json"
     paths = {name: output / f"{checkpoint.name}-{name}.gguf" for name in recipe.formats}
     with workspace(output, [*paths.values(), report_path], force) as folder:
-        if checkpoint.float_gguf is None:
-            _check_space(folder, sum(file.stat().st_size for file in checkpoint.folder.glob("*.safetensors")))
+        stored = sum(file.stat().st_size for file in checkpoint.folder.glob("*.safetensors"))
+        if recipe.transform_names:  # writes the checkpoint again and makes its file of that, both in float32
+            _check_space(folder, stored * 8 // checkpoint.dtype.itemsize)
+        elif checkpoint.float_gguf is None:
+            _check_space(folder, stored)
         text = held_out_file(held, folder) if held else None
         if held and text:
             corpus.check_length(text, checkpoint, 2 * held.context)
