@@ -12,7 +12,7 @@ from qronos_export.errors import CalibrationError, LlamaCppError, OutputError, U
 from qronos_export.evaluation import Evaluated, evaluate
 from qronos_export.llamacpp import LlamaCpp
 from qronos_export.pipeline import Held
-from qronos_export.validation import Gate, Reference, Validation, validate
+from qronos_export.validation import Cache, Gate, Reference, Validation, validate
 from tests.families import make
 
 REPORT_KEYS = {
@@ -57,6 +57,24 @@ def test_a_coarser_file_diverges(validations: tuple[Validation, Validation]) -> 
     assert coarse.kl_divergence > 0.05
     assert coarse.perplexity_increase > 1
     assert coarse.perplexity_reference == same.perplexity_reference
+
+
+def test_a_cache_of_few_bits_costs_something(
+    validations: tuple[Validation, Validation], llamacpp: LlamaCpp, demo_gguf: Path, english: Path, tmp_path: Path
+) -> None:
+    """The file is its own reference, so the cache is all that differs."""
+    costs = []
+    for cache in (Cache("q8_0", "q8_0"), Cache("q8_0", "q4_0")):
+        with Reference(
+            demo_gguf, english, llamacpp=llamacpp, workspace=tmp_path, context=64, chunks=4, cache=cache
+        ) as reference:
+            found = reference.compare(demo_gguf)
+        assert (found.cache_k, found.cache_v) == (cache.k, cache.v)
+        costs.append(found.kl_divergence)
+    assert validations[0].kl_divergence < costs[0] < costs[1]
+    assert validations[0].cache_k == "f16"
+    with pytest.raises(UsageError, match=r"--cache-type-v is 'q2_k'; llama\.cpp's cache has"):
+        Cache("f16", "q2_k")
 
 
 def test_the_report_has_its_stable_keys(

@@ -57,6 +57,9 @@ TextOption = Annotated[
     typer.Option("--text", help="Held-out text to validate on; otherwise English that Python ships.", metavar="FILE"),
 ]
 
+CacheKOption = Annotated[str, typer.Option("--cache-type-k", help="Type of keys while validating.", metavar="TYPE")]
+CacheVOption = Annotated[str, typer.Option("--cache-type-v", help="Type of values while validating.", metavar="TYPE")]
+
 
 def _version(wanted: bool) -> None:
     if wanted:
@@ -119,6 +122,8 @@ def quantize(
     text: TextOption = None,
     context: ContextOption = 512,
     chunks: ChunksOption = 40,
+    cache_type_k: CacheKOption = "f16",
+    cache_type_v: CacheVOption = "f16",
     validate: Annotated[bool, typer.Option("--validate/--no-validate", help="Run llama.cpp on the result.")] = True,
     force: Annotated[bool, typer.Option("--force", help="Replace results in DIR.")] = False,
     llamacpp: LlamaCppOption = None,
@@ -131,8 +136,9 @@ def quantize(
 
     from qronos_export.llamacpp import find
     from qronos_export.pipeline import Finished, Held, Stage, Step, run
+    from qronos_export.validation import Cache
 
-    held = Held(text, context, chunks) if validate else None
+    held = Held(text, context, chunks, Cache(cache_type_k, cache_type_v)) if validate else None
     with _progress() as progress:
         task = progress.add_task("start", total=None, detail="")
 
@@ -167,6 +173,8 @@ def validate(
     text: TextOption = None,
     context: ContextOption = 512,
     chunks: ChunksOption = None,
+    cache_type_k: CacheKOption = "f16",
+    cache_type_v: CacheVOption = "f16",
     max_kld: Annotated[float | None, typer.Option(help="Fail above this KL divergence, in nats.")] = None,
     max_ppl_increase: Annotated[
         float | None, typer.Option(help="Fail above this rise of perplexity, in percent.")
@@ -177,10 +185,11 @@ def validate(
     """Perplexity and KL divergence of FILE against its float model, in llama.cpp. Exits 1 when a limit is missed."""
     from qronos_export.llamacpp import find
     from qronos_export.pipeline import Held, prove
-    from qronos_export.validation import Gate
+    from qronos_export.validation import Cache, Gate
 
     gate = Gate(max_kld, max_ppl_increase)
-    result = prove(file, reference, Held(text, context, chunks), llamacpp=find(llamacpp))
+    held = Held(text, context, chunks, Cache(cache_type_k, cache_type_v))
+    result = prove(file, reference, held, llamacpp=find(llamacpp))
     failures = gate.check(result)
     if as_json:
         typer.echo(json.dumps({**result.to_json(), "failures": failures, "passed": not failures}, indent=2))
@@ -191,6 +200,7 @@ def validate(
             ("KL divergence", f"{result.kl_divergence:.5f} ± {result.kl_divergence_error:.5f} nats"),
             ("same top token", f"{result.same_top:.2f} %"),
             ("measured on", f"{result.chunks} chunks of {result.context} tokens, llama.cpp {result.llama_cpp}"),
+            ("cache", f"keys {result.cache_k}, values {result.cache_v}"),
         )
     if failures:
         raise GateError(f"{file} failed: " + " ".join(failures))

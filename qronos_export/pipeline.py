@@ -32,7 +32,7 @@ from qronos_export.report import Artifact, LayerReport, RunReport
 from qronos_export.rounding import ROUNDERS, Settings
 from qronos_export.statistics import LayerStats
 from qronos_export.transformed import PROBE, need_inputs, transformed
-from qronos_export.validation import Reference, Validation
+from qronos_export.validation import Cache, Reference, Validation
 
 OUTTYPES = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
 
@@ -64,11 +64,13 @@ Event = Stage | Step | Finished
 
 @dataclass(frozen=True)
 class Held:
-    """Held-out text to validate on: `chunks` chunks of `context` tokens of `text` (None: a text that Python ships)."""
+    """Held-out text to validate on: `chunks` chunks of `context` tokens of `text` (None: a text that Python ships), and
+    the types of the file's keys and values meanwhile."""
 
     text: Path | None = None
     context: int = 512
     chunks: int | None = 40
+    cache: Cache = field(default_factory=Cache)
 
     def __post_init__(self) -> None:
         if self.context < 4 or (self.chunks is not None and self.chunks < 1):
@@ -194,6 +196,7 @@ def run(
                 workspace=folder,
                 context=held.context,
                 chunks=held.chunks,
+                cache=held.cache,
                 on_chunk=on_progress,
             ) as reference:
                 for each, artifact in zip(outputs, result.artifacts, strict=True):
@@ -345,7 +348,13 @@ def prove(file: Path, reference: str, held: Held, *, llamacpp: LlamaCpp) -> Vali
         if model.suffix != ".gguf":
             model = float_file(open_checkpoint(reference), llamacpp, folder)
         with Reference(
-            model, text, llamacpp=llamacpp, workspace=folder, context=held.context, chunks=held.chunks
+            model,
+            text,
+            llamacpp=llamacpp,
+            workspace=folder,
+            context=held.context,
+            chunks=held.chunks,
+            cache=held.cache,
         ) as measured:
             return measured.compare(file)
 

@@ -16,6 +16,28 @@ from typing import Self
 from qronos_export.errors import OutputError, UsageError
 from qronos_export.llamacpp import LlamaCpp, OnChunk
 
+CACHE_TYPES = ("f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "iq4_nl", "q5_0", "q5_1")
+
+
+@dataclass(frozen=True)
+class Cache:
+    """The types llama.cpp keeps keys and values in while it measures the file; the reference is always at f16."""
+
+    k: str = "f16"
+    v: str = "f16"
+
+    def __post_init__(self) -> None:
+        for option, kind in (("--cache-type-k", self.k), ("--cache-type-v", self.v)):
+            if kind not in CACHE_TYPES:
+                raise UsageError(f"{option} is {kind!r}; llama.cpp's cache has {', '.join(CACHE_TYPES)}.")
+
+    @property
+    def options(self) -> tuple[str, ...]:
+        """For llama-perplexity; values of few bits need flash attention."""
+        if self == Cache():
+            return ()
+        return ("--cache-type-k", self.k, "--cache-type-v", self.v, "--flash-attn", "on")
+
 
 @dataclass(frozen=True)
 class Validation:
@@ -38,6 +60,8 @@ class Validation:
     chunks: int
     text_sha256: str
     llama_cpp: str
+    cache_k: str = "f16"
+    cache_v: str = "f16"
 
     @property
     def perplexity_increase(self) -> float:
@@ -81,9 +105,9 @@ class Reference:
             for file in files:
                 reference.compare(file)
 
-    `chunks` is the most to use; a shorter text gives fewer. `on_chunk` hears (chunks done, chunks in all) of the
-    reference's own run. Entering raises CalibrationError for a text shorter than two chunks of `context` tokens, and
-    OutputError when `workspace` cannot hold `logits_bytes`.
+    `chunks` is the most to use; a shorter text gives fewer. `cache` is for the files that are compared. `on_chunk` is
+    told (chunks done, chunks in all) of the reference's own run. Entering raises CalibrationError for a text shorter
+    than two chunks of `context` tokens, and OutputError when `workspace` cannot hold `logits_bytes`.
     """
 
     def __init__(
@@ -95,8 +119,10 @@ class Reference:
         workspace: Path,
         context: int = 512,
         chunks: int | None = None,
+        cache: Cache | None = None,
         on_chunk: OnChunk | None = None,
     ) -> None:
+        self._cache = cache or Cache()
         self._model = model
         self._text = text
         self._llamacpp = llamacpp
@@ -132,7 +158,7 @@ class Reference:
 
     def compare(self, file: Path, *, on_chunk: OnChunk | None = None) -> Validation:
         """Raises LlamaCppError when `file` has another vocabulary or gives numbers that are not finite."""
-        divergence = self._llamacpp.kl_divergence(file, self._logits, on_chunk=on_chunk)
+        divergence = self._llamacpp.kl_divergence(file, self._logits, options=self._cache.options, on_chunk=on_chunk)
         return Validation(
             perplexity=divergence.perplexity,
             perplexity_error=divergence.perplexity_error,
@@ -151,6 +177,8 @@ class Reference:
             chunks=self.perplexity.chunks,
             text_sha256=self.text_sha256,
             llama_cpp=self._llamacpp.version,
+            cache_k=self._cache.k,
+            cache_v=self._cache.v,
         )
 
 
