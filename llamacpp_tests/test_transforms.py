@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from gguf import GGUFReader
 
 from qronos_export import pipeline
 from qronos_export.checkpoint import open_checkpoint
@@ -74,6 +75,10 @@ def test_columns_are_equalized_unless_told_otherwise(
     )
     assert (default.recipe["transforms"], without.recipe["transforms"]) == ("equalize", "none")
     assert default.artifacts[0].sha256 == asked.artifacts[0].sha256 != without.artifacts[0].sha256
+    files = [GGUFReader(tmp_path / name / default.artifacts[0].path) for name in ("auto", "none")]
+    one, other = ({key: field.contents() for key, field in file.fields.items()} for file in files)
+    assert one == other  # the name among them
+    assert default.artifacts[0].bytes == without.artifacts[0].bytes
     assert finish(replace(recipe, method="rtn"), "rtn").report.recipe["transforms"] == "none"
 
     def refuse(*_: object, **__: object) -> None:

@@ -53,7 +53,7 @@ def transformed(
     format = min(formats, key=lambda each: search_format(each, 256).bits_per_weight)
     for number, name in enumerate(names):
         try:
-            target = folder / f"{number}-{name}"
+            target = folder / f"{number}-{name}" / checkpoint.folder.name  # the converter names a model by its folder
             _apply(TRANSFORMS[name](format, seed + number), source, target, tokens, micro_batch)
         except TransformError as error:
             raise TransformError(f"{name} does not fit {checkpoint.name}: {error}.") from error
