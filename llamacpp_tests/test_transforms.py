@@ -109,4 +109,4 @@ def test_whatever_a_model_is_stored_as(
     assert isinstance(finished, pipeline.Finished)
     assert (finished.report.recipe["transforms"], finished.report.notes) == ("equalize", [])
     fine, coarse = (artifact.validation["kl_divergence"] for artifact in finished.report.artifacts)
-    assert 0 < fine < 0.02 and fine < coarse
+    assert 0 < fine < (0.05 if source == "experts" else 0.02) and fine < coarse  # experts: tokens routed elsewhere

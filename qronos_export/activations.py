@@ -16,6 +16,7 @@ from torch import Tensor
 
 from formats import FORMATS
 from formats.microscaling import MX
+from qronos_export.errors import UsageError
 
 Activation = Callable[[Tensor], Tensor]
 
@@ -23,6 +24,13 @@ Activation = Callable[[Tensor], Tensor]
 def activation(name: str) -> Activation:
     """Rounds float [..., features] along the last dimension; a KeyError for names that are not in ACTIVATIONS."""
     return ACTIVATIONS[name]
+
+
+def check_activations(name: str, weight: str, columns: int) -> None:
+    """Raises UsageError where inputs of `weight` do not divide into the blocks of `name`."""
+    block = {"mxfp4": 32, "mxfp8": 32, "q8_0": 32, "q8_k": 256}.get(name, 1)
+    if columns % block:
+        raise UsageError(f"{weight} reads {columns} numbers, which blocks of {block} do not divide: no {name} there.")
 
 
 def per_token(x: Tensor, bits: int) -> Tensor:

@@ -246,9 +246,9 @@ def evaluate(
                 progress.update(task, completed=event.done, detail=event.layer.name if event.layer else "")
             elif isinstance(event, Evaluated):
                 progress.remove_task(task)
-                result = event.evaluation
+                result, notes = event.evaluation, event.notes
     if as_json:
-        typer.echo(json.dumps(result.to_json(), indent=2))
+        typer.echo(json.dumps({**result.to_json(), "notes": notes}, indent=2))
         return
     rows = [
         ("perplexity of the model", f"{result.perplexity_reference:.4f} ± {result.perplexity_reference_error:.4f}"),
@@ -260,6 +260,9 @@ def evaluate(
             ("KL divergence", f"{result.kl_divergence:.5f} ± {result.kl_divergence_error:.5f} nats"),
             ("same top token", f"{result.same_top:.2f} %"),
         ]
+    rows += [("note", note) for note in notes[:5]]
+    if len(notes) > 5:
+        rows.append(("", f"{len(notes) - 5} more notes with --json"))
     _table(*rows)
 
 

@@ -80,7 +80,7 @@ def check_length(text: Path, checkpoint: Checkpoint, needed: int) -> None:
 def held_out_tokens(text: Path, checkpoint: Checkpoint, context: int, chunks: int | None) -> Tensor:
     """`text` as llama-perplexity cuts it: int64 [chunks, context], the opening token, if any, in front of every chunk.
 
-    Raises CalibrationError for less than one chunk.
+    Raises CalibrationError for less than two chunks, as llama-perplexity does.
     """
     encode = tokenizer(checkpoint)
     opening = opening_token(encode)
@@ -90,8 +90,8 @@ def held_out_tokens(text: Path, checkpoint: Checkpoint, context: int, chunks: in
         if chunks is not None and len(ids) >= chunks * context:
             break
     found = len(ids) // context
-    if not found:
-        raise CalibrationError(f"{text} is too short: {len(ids)} tokens, and a chunk needs {context}.")
+    if found < 2:
+        raise CalibrationError(f"{text} is too short: {len(ids)} tokens, and two chunks need {2 * context}.")
     rows = torch.tensor(ids[: found * context]).view(-1, context)[:chunks]
     if opening is not None:
         rows[:, 0] = opening

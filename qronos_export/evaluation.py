@@ -7,11 +7,10 @@ linear layers of the blocks get the recipe's type; embedding and head stay float
 
 from __future__ import annotations
 
-import functools
 import math
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from torch import Tensor, nn
 
 from formats import BlockFormat, FormatError, find_format
 from qronos_export import calibration
+from qronos_export.activations import check_activations
 from qronos_export.artifact.gguf import StoredTensor, Target
 from qronos_export.calibration import Clock, Decoder
 from qronos_export.checkpoint import Checkpoint, LazyModel, open_checkpoint
@@ -30,6 +30,7 @@ from qronos_export.memory import give_back
 from qronos_export.pipeline import Event, Held, Passengers, Stage, Step, calibrate, fold, held_out_file, pick_device
 from qronos_export.plan import Mix
 from qronos_export.recipe import Recipe
+from qronos_export.suspended import is_experts
 from qronos_export.transformed import PROBE, need_inputs
 from qronos_export.transforms.hadamard import random_rotation
 
@@ -55,8 +56,11 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Evaluated:
+    """`notes` say what was done otherwise than the recipe has it: a transform left out, a layer rounded to nearest."""
+
     evaluation: Evaluation
     recipe: Recipe | None
+    notes: list[str] = field(default_factory=list)
 
 
 def evaluate(
@@ -74,7 +78,7 @@ def evaluate(
     TransformError for what does not fit the model.
     """
     yield Stage("load")
-    where = pick_device(device)
+    where = pick_device(recipe.device if recipe and device == "auto" else device)
     checkpoint = open_checkpoint(model)
     with tempfile.TemporaryDirectory(prefix="qronos-export-") as scratch:
         folder = Path(scratch)
@@ -83,6 +87,8 @@ def evaluate(
             yield Stage("float model")
             yield Evaluated(_of_floats(LazyModel(checkpoint, where), tokens, micro_batch), None)
             return
+        kind = Rotated if recipe.online == "r4" else LazyModel
+        _check(recipe, kind(checkpoint, where))
         drawn = PROBE.to(where)
         if recipe.method != "rtn" or need_inputs(recipe.transform_names):
             yield Stage("calibration text")
@@ -92,14 +98,17 @@ def evaluate(
             ).tokens.to(where)  # fmt: skip
         yield Stage("transforms")
         folded = fold(recipe, checkpoint, drawn, folder)
-        lazy = (Rotated if recipe.online == "r4" else LazyModel)(folded.checkpoint, where)
+        lazy = kind(folded.checkpoint, where)
         plan, output = _everything(lazy, recipe)
         riding = Passengers(tokens)
+        notes = list(folded.notes)
         yield Stage("layers", len(output.mix.quantized))
         for done, layer in enumerate(calibrate(lazy, plan, [output], drawn, recipe, Clock(), riding), start=1):
+            if layer.note:
+                notes.append(f"{layer.name}: {layer.note}")
             yield Step(done, layer)
         yield Stage("scores")
-        yield Evaluated(_compare(lazy, riding, held.context), recipe)
+        yield Evaluated(_compare(lazy, riding, held.context), recipe, notes)
 
 
 class Rotated(LazyModel):
@@ -108,8 +117,11 @@ class Rotated(LazyModel):
 
     def __init__(self, checkpoint: Checkpoint, device: torch.device | str = "cpu") -> None:
         super().__init__(checkpoint, device)
+        self._rotations: dict[int, Tensor] = {}
         found = False
         for block in self.blocks:
+            if any(is_experts(part) for part in block.modules()):
+                raise TransformError(f"online: r4 does not fit {checkpoint.name}: it has experts.")
             for linear in _downs(block):
                 linear.register_forward_pre_hook(lambda _, args: (args[0] @ self._rotation(args[0].shape[-1]),))
                 found = True
@@ -124,9 +136,11 @@ class Rotated(LazyModel):
             linear.weight.data = linear.weight @ self._rotation(linear.in_features)
         return block
 
-    @functools.cache  # noqa: B019  # two or three models a process
     def _rotation(self, size: int) -> Tensor:
-        return random_rotation(size, torch.Generator().manual_seed(0)).to(self.device, torch.float32)
+        if size not in self._rotations:
+            rotation = random_rotation(size, torch.Generator().manual_seed(0))
+            self._rotations[size] = rotation.to(self.device, torch.float32)
+        return self._rotations[size]
 
 
 def _downs(block: nn.Module) -> list[nn.Linear]:
@@ -176,18 +190,33 @@ class _Output:
     store: _Nowhere
 
 
-def _everything(model: LazyModel, recipe: Recipe) -> tuple[_Everything, _Output]:
-    (name, *others) = recipe.formats
-    if others:
-        raise UsageError(f"evaluate takes one format at a time, not {recipe.format}.")
+def _columns(model: LazyModel) -> dict[str, int]:
+    """The row length of every weight that will be rounded."""
     columns: dict[str, int] = {}
     for block, block_name in zip(model.blocks, model.block_names, strict=True):
         columns.update((n, w.shape[1]) for n, w in calibration.block_matrices(block, block_name).items())
-    for weight, width in columns.items():
+    return columns
+
+
+def _check(recipe: Recipe, model: LazyModel) -> None:
+    """Raises UsageError for what cannot be done, before anything takes time."""
+    if len(recipe.formats) > 1:
+        raise UsageError(f"evaluate takes one format at a time, not {recipe.format}.")
+    idle = [name for name in ("overrides", "output_type", "embedding_type", "pure") if getattr(recipe, name)]
+    if idle:
+        raise UsageError(
+            f"evaluate gives all linear layers one type and leaves the rest float; {idle[0]} is for files."
+        )
+    for weight, width in _columns(model).items():
         try:
-            find_format(name, width).check(width)
+            find_format(recipe.formats[0], width).check(width)
         except FormatError as error:
             raise UsageError(f"{weight}: {error}. evaluate takes a single type; mixes are for files.") from error
+        check_activations(recipe.activations, weight, width)
+
+
+def _everything(model: LazyModel, recipe: Recipe) -> tuple[_Everything, _Output]:
+    (name,), columns = recipe.formats, _columns(model)
     types = dict.fromkeys(columns, name)
     return _Everything(set(columns)), _Output(Mix(name, 0, types, list(columns), {}), _Nowhere())
 
@@ -256,4 +285,4 @@ def _perplexity(losses: Tensor) -> tuple[float, float]:
     """exp of the mean, and its standard error."""
     losses = losses.double()
     value = math.exp(float(losses.mean()))
-    return value, value * float(losses.std(correction=0)) / math.sqrt(len(losses) - 1)
+    return value, value * float(losses.std()) / math.sqrt(len(losses))

@@ -13,7 +13,7 @@ from formats import BlockFormat
 from qronos_export.calibration import Group, Matrix
 from qronos_export.plan import Mix
 from qronos_export.report import LayerReport
-from qronos_export.rounding import Rounder, Settings, rtn
+from qronos_export.rounding import Rounder, Settings, magr, rtn
 
 if TYPE_CHECKING:
     from qronos_export.artifact.gguf import StoredTensor, Target
@@ -92,7 +92,14 @@ def _round_rows(
     scales, unscaled = _tensor_scales(weight, jobs, plan, fmt)
     weight = weight / scales
     rounder, note = _fallback(stats, rtn if fmt.is_float else rounder)
-    note = "; ".join(filter(None, [note, unscaled]))
+    moved = ""
+    if settings.magr and stats.tokens and not fmt.is_float:
+        given, weight = weight, magr(weight, stats.hessian, settings.magr, fmt.block_size)
+        change = weight - given
+        share = torch.linalg.vecdot(change @ stats.hessian, change).sum()
+        share = share / torch.linalg.vecdot(given @ stats.hessian, given).sum()
+        moved = f"MagR moved the outputs by {float(share):.2g} of their power"
+    note = "; ".join(filter(None, [note, unscaled, moved]))
     rounded = rounder(weight, stats, fmt, settings)
     power = torch.linalg.vecdot(weight @ stats.hessian if stats.tokens else weight, weight)
     values = rounded.weight.dequantize()

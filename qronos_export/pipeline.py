@@ -18,7 +18,7 @@ from typing import Protocol
 import torch
 
 from qronos_export import calibration, corpus, report
-from qronos_export.activations import activation
+from qronos_export.activations import activation, check_activations
 from qronos_export.artifact import gguf
 from qronos_export.calibration import Clock, Group, Matrix, MicroBatch
 from qronos_export.checkpoint import Checkpoint, LazyModel, open_checkpoint
@@ -29,7 +29,7 @@ from qronos_export.memory import give_back, peak_memory
 from qronos_export.plan import CARRIERS, Mix, Plan, check_overrides, check_types, mix, type_patterns
 from qronos_export.recipe import Recipe
 from qronos_export.report import Artifact, LayerReport, RunReport
-from qronos_export.rounding import ROUNDERS, Settings
+from qronos_export.rounding import ROUNDERS, Settings, blind
 from qronos_export.statistics import LayerStats
 from qronos_export.transformed import PROBE, need_inputs, transformed
 from qronos_export.validation import Cache, Reference, Validation
@@ -105,6 +105,10 @@ def run(
         )
     if recipe.online != "none":
         raise UsageError(f"online: {recipe.online} is for `evaluate` alone: llama.cpp rotates nothing while it runs.")
+    if recipe.method == "rtn" and (recipe.magr or recipe.activations != "none"):
+        raise UsageError(
+            "method: rtn looks at no activations, so magr and activations would do nothing; leave them out."
+        )
     known = llamacpp.quantize_types()
     for name in recipe.formats:
         if name not in CARRIERS and known.get(name) is None:
@@ -116,10 +120,10 @@ def run(
     paths = {name: output / f"{checkpoint.name}-{name}.gguf" for name in recipe.formats}
     with workspace(output, [*paths.values(), report_path], force) as folder:
         stored = sum(file.stat().st_size for file in checkpoint.folder.glob("*.safetensors"))
-        if recipe.transform_names:  # writes the checkpoint again and makes its file of that, both in float32
-            _check_space(folder, stored * 8 // checkpoint.dtype.itemsize)
-        elif checkpoint.float_gguf is None:
-            _check_space(folder, stored)
+        needed = 0 if checkpoint.float_gguf else stored
+        if steps := len(recipe.transform_names):  # the checkpoint again, twice on the way, and its file, in float32
+            needed += (1 + min(steps, 2)) * stored * 4 // checkpoint.dtype.itemsize
+        _check_space(folder, needed)
         text = held_out_file(held, folder) if held else None
         if held and text:
             corpus.check_length(text, checkpoint, 2 * held.context)
@@ -131,8 +135,14 @@ def run(
             device=str(device),
         )
         original, tokens = checkpoint, None
+        reference_file = float_file(original, llamacpp, folder)
+        source = gguf.GGUFFile(reference_file)
+        mixes = [choose_types(source, name, recipe, llamacpp) for name in paths]  # refuses before anything takes time
+        for tensor in dict.fromkeys(tensor for each in mixes for tensor in each.quantized):
+            check_activations(recipe.activations, tensor, source.tensors[tensor].columns)
         names = recipe.transform_names
         if names:
+            clock.lap("load")
             if recipe.method != "rtn" or need_inputs(names):
                 yield Stage("calibration text")
                 tokens = _draw(recipe, original, device, result, clock, on_progress)
@@ -140,12 +150,14 @@ def run(
             folded = fold(recipe, original, PROBE.to(device) if tokens is None else tokens, folder)
             checkpoint, names = folded.checkpoint, folded.transforms
             result.notes += folded.notes
+            if names:
+                source = gguf.GGUFFile(float_file(checkpoint, llamacpp, folder / "transformed"))
+                mixes = [choose_types(source, name, recipe, llamacpp) for name in paths]
             clock.lap("transforms")
         result.recipe["transforms"] = ",".join(names) or "none"
-        source = gguf.GGUFFile(float_file(checkpoint, llamacpp, folder))
         outputs = [
-            Output(choose_types(source, name, recipe, llamacpp), gguf.BlockStore(folder / name), path)
-            for name, path in paths.items()
+            Output(each, gguf.BlockStore(folder / name), path)
+            for each, (name, path) in zip(mixes, paths.items(), strict=True)
         ]
         _check_space(folder, 2 * sum(each.bytes(source) for each in outputs))
         wanted = dict.fromkeys(name for each in outputs for name in each.mix.quantized)
@@ -190,7 +202,7 @@ def run(
         if held and text:
             yield Stage("validate: float model")
             with Reference(
-                source.path if checkpoint is original else float_file(original, llamacpp, folder / "original"),
+                reference_file,
                 text,
                 llamacpp=llamacpp,
                 workspace=folder,
@@ -390,7 +402,7 @@ def calibrate(
     passengers: Passengers | None = None,
 ) -> Iterator[LayerReport]:
     """Embedding, every block, head: all streams side by side; yields each tensor as it is rounded."""
-    rounder = ROUNDERS[recipe.method]
+    rounder = blind if recipe.method == "rtn" else ROUNDERS[recipe.method]
     settings = Settings(recipe.damping, recipe.shrinkage, recipe.order, recipe.magr)
     decoder = calibration.Decoder(model.model.get_decoder(), model.blocks)
     rounded_inputs = None if recipe.activations == "none" else activation(recipe.activations)
@@ -426,8 +438,6 @@ def calibrate(
         for stream, groups in stops:
             each = outputs[stream]
             for group in groups:
-                if recipe.method == "rtn":  # knows no activations
-                    group = Group(group.matrices, LayerStats(0))
                 layers = list(round_group(group, plan, each.mix, rounder, settings, each.store))
                 clock.lap("rounding")
                 yield from layers

@@ -66,8 +66,9 @@ class Recipe:
         if not all(self.formats) or len(set(self.formats)) < len(self.formats):
             raise UsageError(f"format is {self.format!r}; expected names such as Q4_0 or Q4_0,Q4_K_M, each once.")
         _one_of("method", self.method, METHODS)
-        for name in self.transform_names:
-            _one_of("transforms", name, (*TRANSFORMS, "none", "auto"))
+        if self.transforms not in ("none", "auto"):
+            for name in self.transform_names:
+                _one_of("transforms", name, TRANSFORMS)
         _one_of("activations", self.activations, ACTIVATIONS)
         _one_of("online", self.online, ("none", "r4"))
         _one_of("order", self.order, ORDERS)
@@ -107,14 +108,15 @@ def shipped() -> dict[str, Path]:
     return {path.stem: path for path in sorted(_SHIPPED.glob("*.yaml"))}
 
 
-def load_recipe(source: Path | str, **overrides: Any) -> Recipe:
+def load_recipe(source: Path | str, /, **overrides: Any) -> Recipe:
     """The recipe of a shipped name, in a YAML file, or the one in a run's report.json; `overrides` win.
 
     Raises UsageError naming unknown or ill-typed keys.
     """
     import yaml
 
-    path = shipped().get(str(source), Path(source))
+    path = Path(source)
+    path = path if path.exists() else shipped().get(str(source), path)
     try:
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:

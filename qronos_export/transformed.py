@@ -5,6 +5,7 @@ After the last one logits of both are compared; whatever misread the architectur
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -57,6 +58,8 @@ def transformed(
             _apply(TRANSFORMS[name](format, seed + number), source, target, tokens, micro_batch)
         except TransformError as error:
             raise TransformError(f"{name} does not fit {checkpoint.name}: {error}.") from error
+        if source is not checkpoint:
+            shutil.rmtree(source.folder)
         source = replace(
             open_checkpoint(str(target), trust_remote_code=checkpoint.trust_remote_code),
             name=checkpoint.name,
@@ -76,7 +79,8 @@ def _apply(transform: Transform, checkpoint: Checkpoint, target: Path, tokens: T
     model = LazyModel(checkpoint, tokens.device)
     decoder = calibration.Decoder(model.model.get_decoder(), model.blocks)
     (probe,) = calibration.enter(decoder, tokens[:1, :_PROBED], 1)
-    batches = calibration.enter(decoder, tokens[:_SEQUENCES], micro_batch) if transform.needs_inputs else []
+    some = tokens[:: -(-len(tokens) // _SEQUENCES)]  # from all over the text
+    batches = calibration.enter(decoder, some, micro_batch) if transform.needs_inputs else []
     head, tied = model.head, model.tied
     if head is None:
         raise TransformError("it has no output matrix")

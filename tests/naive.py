@@ -59,7 +59,7 @@ def ldlq(weight: Tensor, hessian: Tensor, nearest: Nearest) -> Tensor:
 
 
 def gptaq(weight: Tensor, hessian: Tensor, cross: Tensor, shrinkage: float, nearest: Nearest) -> Tensor:
-    """Optimal brain quantization that also hands on w_t (G − H)_t, solved for on the columns not yet rounded."""
+    """Optimal brain quantization that also hands w_t (G − H)_t, w the float weights, to columns not yet rounded."""
     original, target, q = weight, weight.clone(), torch.zeros_like(weight)
     for t in range(weight.shape[1]):
         q[:, t] = nearest(target[:, t], t)

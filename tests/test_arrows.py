@@ -32,7 +32,8 @@ INSIDE = {  # a module of qronos_export, and what else of qronos_export it may i
         "report", "rounding", "transformed", "validation",
     },
     "evaluation": {
-        "artifact", "calibration", "checkpoint", "corpus", "pipeline", "plan", "recipe", "transformed", "transforms",
+        "activations", "artifact", "calibration", "checkpoint", "corpus", "pipeline", "plan", "recipe", "suspended",
+        "transformed", "transforms",
     },
     "layers": {"artifact", "calibration", "plan", "report", "rounding"},
     "plan": {"artifact", "recipe"},

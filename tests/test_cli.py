@@ -77,6 +77,8 @@ def test_debug_shows_the_traceback_wherever_it_stands(arguments: list[str]) -> N
         ({"damping": "much"}, "damping is 'much'; expected float"),
         ({"format": "Q4_0,"}, "format is 'Q4_0,'; expected names such as"),
         ({"format": "Q4_0,q4_0"}, "each once"),
+        ({"transforms": "equalize,none"}, "transforms is 'none'; expected one of hadamard"),
+        ({"transforms": ""}, "transforms is ''; expected one of hadamard"),
         ({"overrides": {"blk.*": 4}}, r"overrides is {'blk.\*': 4}; expected dict"),
     ],
 )

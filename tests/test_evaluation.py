@@ -11,14 +11,14 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 
-from formats import FORMATS
 from qronos_export.activations import ACTIVATIONS, activation
-from qronos_export.checkpoint import load_whole, open_checkpoint
+from qronos_export.calibration import Clock
+from qronos_export.checkpoint import LazyModel, load_whole, open_checkpoint
 from qronos_export.checkpoint.lazy import read_finite
 from qronos_export.corpus import held_out_text, held_out_tokens
 from qronos_export.errors import UsageError
-from qronos_export.evaluation import Evaluated, Evaluation, evaluate
-from qronos_export.pipeline import Held
+from qronos_export.evaluation import Evaluated, Evaluation, _everything, evaluate
+from qronos_export.pipeline import Held, Passengers, calibrate
 from qronos_export.recipe import ACTIVATIONS as NAMES
 from qronos_export.recipe import Recipe
 from tests.families import FAMILIES, make
@@ -72,6 +72,29 @@ def test_finer_is_closer(family: str, text: Path, tmp_path: Path) -> None:
     assert kl(format="INT2", method="rtn") > two
 
 
+def test_what_is_measured_on_is_not_calibrated_on(tmp_path: Path) -> None:
+    """Other held-out text, the same codes."""
+    checkpoint = open_checkpoint(str(make("llama", tmp_path / "tiny")))
+    tokens = torch.randint(5, 1000, (4, 48), generator=torch.Generator().manual_seed(0))
+
+    class Kept:
+        def __init__(self) -> None:
+            self.blocks: dict[str, torch.Tensor] = {}
+
+        def put(self, tensor, fmt, file_rows, blocks, values, scales) -> None:
+            self.blocks[tensor.name] = blocks
+
+    def codes(riding: Passengers | None) -> dict[str, torch.Tensor]:
+        model, recipe = LazyModel(checkpoint, torch.device("cpu")), Recipe("tiny", "INT4_G32", transforms="none")
+        plan, output = _everything(model, recipe)
+        kept = Kept()
+        list(calibrate(model, plan, [replace(output, store=kept)], tokens, recipe, Clock(), riding))
+        return kept.blocks
+
+    alone, ridden = codes(None), codes(Passengers(torch.randint(5, 1000, (3, 40))))
+    assert len(alone) == 14 and all(torch.equal(blocks, ridden[name]) for name, blocks in alone.items())
+
+
 def test_a_mix_is_for_files(text: Path, tmp_path: Path) -> None:
     model = make("llama", tmp_path / "tiny")
     for format, message in (("Q4_K_M", "there is no format Q4_K_M"), ("Q4_K", "blocks of 256"), ("Q4_0,Q8_0", "one")):
@@ -103,7 +126,7 @@ def test_an_online_rotation_spreads_what_down_reads(text: Path, tmp_path: Path) 
 
 
 def test_recipes_know_every_activation() -> None:
-    assert ("none", *sorted(ACTIVATIONS)) == ("none", *sorted(NAMES[1:]))
+    assert NAMES[0] == "none" and sorted(NAMES[1:]) == sorted(ACTIVATIONS)
 
 
 def test_activations_are_rounded_as_their_formats_say() -> None:
@@ -114,15 +137,19 @@ def test_activations_are_rounded_as_their_formats_say() -> None:
         assert all(len(row.unique()) <= 2**bits for row in rounded)
         assert bool(((rounded - x).abs() <= 1.01 * steps[:, None]).all())
         assert torch.equal(activation(name)(torch.zeros(1, 32)), torch.zeros(1, 32))
-    torch.testing.assert_close(
-        activation("q8_0")(x), activation("q8_k")(x), atol=2 * float(x.abs().max()) / 127, rtol=0
-    )
-    stored = FORMATS["Q8_0"].dequantize(FORMATS["Q8_0"].quantize(x))  # its scale is a half, and searched
-    torch.testing.assert_close(activation("q8_0")(x), stored, rtol=0.02, atol=float(x.abs().max()) / 127)
+    for name, block in (("q8_0", 32), ("q8_k", 256)):
+        blocks, rounded = (each.unflatten(1, (-1, block)) for each in (x, activation(name)(x)))
+        steps = rounded / (blocks.abs().amax(2, keepdim=True) / 127)
+        torch.testing.assert_close(steps, steps.round(), rtol=0, atol=1e-3)
+        assert float(steps.abs().max()) < 127.5 and float((rounded - blocks).abs().max()) > 0
+        assert bool(((rounded - blocks).abs() <= 0.501 * blocks.abs().amax(2, keepdim=True) / 127).all())
     for name, emax, largest in (("mxfp4", 2, 6.0), ("mxfp8", 8, 448.0)):
         rounded = activation(name)(x).unflatten(1, (-1, 32))
         scale = 2.0 ** (x.unflatten(1, (-1, 32)).abs().amax(2, keepdim=True).log2().floor() - emax)
         assert float((rounded / scale).abs().max()) <= largest
-        if name == "mxfp4":
+        if name == "mxfp8":
+            expected = (x.unflatten(1, (-1, 32)) / scale).clamp(-448, 448).to(torch.float8_e4m3fn).float() * scale
+            assert torch.equal(rounded, expected)
+        else:
             assert set((rounded / scale).abs().unique().tolist()) <= {0, 0.5, 1, 1.5, 2, 3, 4, 6}
         assert torch.equal(activation(name)(torch.zeros(1, 32)), torch.zeros(1, 32))

@@ -10,7 +10,7 @@ from formats import FORMATS, BlockFormat, IntegerGrid, TernaryGrid
 from qronos_export.recipe import ORDERS
 from qronos_export.rounding import ROUNDERS, Settings, gpfq, gptaq, gptq, qronos, rtn
 from qronos_export.rounding.least_squares import column_order, normal_equations
-from qronos_export.rounding.magr import magr, project_l1
+from qronos_export.rounding.magr import magr, project_l1, spectral_norm
 from qronos_export.rounding.sweep import DivergedError, sweep
 from qronos_export.statistics import LayerStats
 from tests import naive
@@ -113,7 +113,7 @@ def test_ldlq_is_gptq() -> None:
 
 
 @pytest.mark.parametrize("shrinkage", [0.0, 0.5, 1.0])
-def test_gptaq_is_the_papers_algorithm(shrinkage: float) -> None:
+def test_gptaq_is_its_formula(shrinkage: float) -> None:
     weight, stats, *_ = problem()
     normal = normal_equations(stats, 0.01, "descending")
     order = normal.order
@@ -150,6 +150,7 @@ def test_magr_shrinks_extremes_at_little_cost() -> None:
     x = torch.randn(800, 20) @ torch.randn(20, 64)
     hessian = x.T @ x / len(x)
     weight = torch.randn(8, 64)
+    assert spectral_norm(hessian) == pytest.approx(float(torch.linalg.matrix_norm(hessian, ord=2)), rel=0.02)
     smaller = magr(weight, hessian, 1e-2, 32, steps=200)
     peaks, before = (w.view(-1, 32).abs().amax(1) for w in (smaller, weight))
     assert bool((peaks < before).all()) and float((peaks / before).mean()) < 0.75
@@ -218,12 +219,13 @@ def test_white_inputs_give_round_to_nearest(name: str, order: str) -> None:
     assert torch.equal(ours.blocks, rtn(weight, stats, Q4, Settings(0.01, 1.0, order)).weight.blocks)
 
 
+@pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("group", [16, 24, 48, 96])
-def test_blocks_of_any_size_are_met_as_a_whole(group: int) -> None:
+def test_blocks_of_any_size_are_met_as_a_whole(group: int, order: str) -> None:
     """Also where they do not divide the columns between two lazy updates, and with groups in a row."""
     weight, stats, *_ = problem(columns=96)
     fmt = IntegerGrid(4, group)
-    ours = gptq(weight, stats, fmt, Settings(0.01, 1.0, "natural"))
+    ours = gptq(weight, stats, fmt, Settings(0.01, 1.0, order))
     codes, grid = fmt.unpack(ours.weight.blocks)
     assert codes.shape == weight.shape and grid.scale.shape == (len(weight), 96 // group)
     assert ours.loss.sum() < rtn(weight, stats, fmt, Settings(0.01, 1.0, "natural")).loss.sum()

@@ -17,7 +17,7 @@ from qronos_export.statistics import LayerStats
 from qronos_export.transformed import logits, transformed
 from qronos_export.transforms import TRANSFORMS, InputStats
 from qronos_export.transforms.hadamard import hadamard, random_rotation
-from qronos_export.transforms.scaling import AQAS, AWQ, Equalize
+from qronos_export.transforms.scaling import AQAS, AWQ, Equalize, conditional_variance
 from tests.families import FAMILIES, make
 
 
@@ -152,6 +152,16 @@ def test_searches_keep_the_output(kind: type) -> None:
         assert error(s) <= error(torch.ones(64)) * 1.02
         if loud > 1:
             assert error(s) < 0.7 * error(torch.ones(64))
+
+
+def test_conditional_variances_are_in_storage_order() -> None:
+    """Of independent inputs, their own; where one repeats another, next to nothing for the one that is met first."""
+    power = torch.rand(96, generator=torch.Generator().manual_seed(0)) * 10 + 0.1
+    found = conditional_variance(power.diag())
+    torch.testing.assert_close(found, power + 3e-2 * power.mean())
+    twins = power.diag()
+    twins[3, 70] = twins[70, 3] = (twins[3, 3] * twins[70, 70]).sqrt() * 0.999
+    assert float((conditional_variance(twins) / found)[[3, 70]].min()) < 0.3
 
 
 def test_equalized_columns_round_better_with_feedback() -> None:

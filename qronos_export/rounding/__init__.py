@@ -3,9 +3,10 @@
 from qronos_export.rounding.gpfq import gpfq
 from qronos_export.rounding.gptaq import gptaq
 from qronos_export.rounding.gptq import gptq
+from qronos_export.rounding.magr import magr
 from qronos_export.rounding.qronos import qronos
 from qronos_export.rounding.rounded import Rounded, Rounder, Settings
-from qronos_export.rounding.rtn import rtn
+from qronos_export.rounding.rtn import blind, rtn
 
 ROUNDERS: dict[str, Rounder] = {
     "qronos": qronos,
@@ -16,4 +17,4 @@ ROUNDERS: dict[str, Rounder] = {
     "rtn": rtn,
 }
 
-__all__ = ["ROUNDERS", "Rounded", "Rounder", "Settings", "gpfq", "gptaq", "gptq", "qronos", "rtn"]
+__all__ = ["ROUNDERS", "Rounded", "Rounder", "Settings", "blind", "gpfq", "gptaq", "gptq", "magr", "qronos", "rtn"]

@@ -1,7 +1,8 @@
 """GPTAQ (arXiv 2504.02692): GPTQ with an asymmetric term, what the float stream's inputs say that the quantized do not.
 
 When column t is rounded, the output error w_t (X − X̂)_t of its drifted input is handed to the columns after it, solved
-for on those alone. It depends on the weights and not on their codes, so all of it can be added before the sweep:
+for on those alone. With w_t the float model's weight it does not depend on codes, so all is added before the sweep
+(others hand on what has become of w_t by then):
 
     V = W + W P,   P = ((G − H) Uᵀ ⊙ strictly upper) U
 

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from formats import BlockFormat, QuantizedWeight
 from qronos_export.rounding.least_squares import Normal, SingularError, normal_equations
-from qronos_export.rounding.magr import magr
 from qronos_export.rounding.rounded import Rounded, Rounder, Settings
 from qronos_export.rounding.rtn import rtn
 from qronos_export.rounding.sweep import DivergedError, sweep
@@ -51,8 +50,6 @@ def diffuse(
 ) -> Rounded:
     """Sweep `target` [rows, columns]; the loss follows from the bookkeeping Σ e_t² / U_tt², exactly and for free."""
     importance = normal.hessian.diagonal()
-    if settings.magr:
-        target, first = magr(target, normal.hessian, settings.magr, fmt.block_size), None
     # In descending order no block is met as a whole.
     grid = fmt.fit(target, importance) if settings.order == "descending" else None
     codes, grid, errors = sweep(

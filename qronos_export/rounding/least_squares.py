@@ -8,6 +8,7 @@ factorization and one triangular inverse, in float64; GPTQ's textbook route take
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -64,11 +65,11 @@ _RUN = 32
 
 def column_order(hessian: Tensor, name: str, block: int = _RUN) -> Tensor | None:
     """None for `natural`; `descending` sorts by diag H, largest first (ties keep their order); `blocks` sorts blocks of
-    `block` columns by their largest, in them runs of 32 or fewer likewise, and in these the columns."""
+    `block` columns by their largest, in them runs of 32 (or what divides them) likewise, and in these the columns."""
     if name == "natural":
         return None
     if name == "blocks":
-        diagonal, run = hessian.diagonal(), min(_RUN, block)
+        diagonal, run = hessian.diagonal(), math.gcd(_RUN, block)
         order = torch.argsort(diagonal, descending=True, stable=True)
         # From the inside out: a stable sort by rank of the run, then of the block, keeps what lies in each as it is.
         for size in (run, block):

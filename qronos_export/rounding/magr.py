@@ -17,19 +17,28 @@ STEPS = 50
 def magr(weight: Tensor, hessian: Tensor, alpha: float, group: int, steps: int = STEPS) -> Tensor:
     """`weight` [rows, columns] with smaller extremes in every `group` of neighbouring columns.
 
-    alpha: in units of the weights' root mean square.
+    alpha: in units of each row's root mean square.
     """
-    largest = torch.linalg.matrix_norm(hessian.double(), ord=2).to(weight.dtype)
-    if alpha == 0 or not float(largest) > 0:
+    largest = spectral_norm(hessian)
+    if alpha == 0 or not largest > 0:
         return weight
     scaled = hessian / largest
-    threshold = alpha * float(weight.square().mean().sqrt())
+    threshold = (alpha * weight.square().mean(1).sqrt()).clamp(min=1e-30)
+    threshold = threshold.repeat_interleave(weight.shape[1] // group)[:, None]
     v = weight
     for _ in range(steps):
         v = v - (v - weight) @ scaled
         grouped = v.reshape(-1, group)
         v = (grouped - threshold * project_l1(grouped / threshold)).view_as(weight)
     return v
+
+
+def spectral_norm(hessian: Tensor, steps: int = 30) -> float:
+    """The largest eigenvalue, from below and closely enough for a step size: power iteration from a fixed start."""
+    vector = torch.ones(len(hessian), 1, dtype=hessian.dtype, device=hessian.device)
+    for _ in range(steps):
+        vector = torch.nn.functional.normalize(hessian @ vector, dim=0)
+    return float((hessian @ vector).norm())
 
 
 def project_l1(rows: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ class Settings:
 
     damping:    α in λ = α · mean(diag H).
     shrinkage:  β in G_β = H + β(G − H); 1 trusts the measured mismatch of the streams fully, 0 is GPTQ.
-    magr:       MagR's α, in units of the weights' root mean square; 0 leaves them.
+    magr:       MagR's α, in units of each row's root mean square; 0 leaves the weights. Done before the rounder.
     order:      natural, descending (by diag H), or blocks: heavy blocks first, and in them heavy columns.
     """
 

@@ -22,3 +22,8 @@ def rtn(weight: Tensor, stats: LayerStats, fmt: BlockFormat, settings: Settings,
     loss = torch.linalg.vecdot(error if hessian is None else error @ hessian, error)
     rows, columns = weight.shape
     return Rounded(QuantizedWeight(fmt, blocks, (rows, columns)), loss, None, 0.0, "rtn", note)
+
+
+def blind(weight: Tensor, stats: LayerStats, fmt: BlockFormat, settings: Settings) -> Rounded:
+    """`rtn` as if there were no statistics, for comparison with methods that use them."""
+    return rtn(weight, LayerStats(0), fmt, settings)

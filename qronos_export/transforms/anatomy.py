@@ -204,13 +204,17 @@ def _pairs(block: nn.Module) -> Iterator[Pair]:
 
         if "o_proj" in parts and ("v_proj" in parts or "qkv_proj" in parts):
             out = linear("o_proj")
-            head = module.head_dim
+            head = getattr(module, "head_dim", 0)
             value = linear("v_proj" if "v_proj" in parts else "qkv_proj")
+            if not head or out.weight.shape[1] % head:
+                continue  # no attention whose heads all have this size
             heads = out.weight.shape[1] // head
             if "v_proj" not in parts:  # q, k and v in one: v's rows are the last
                 kept = (len(value.weight) // head - heads) // 2 * head
                 value = value.rows(len(value.weight) - kept, len(value.weight))
             groups = len(value.weight) // head
+            if not groups or len(value.weight) % head or heads % groups:
+                continue
             columns = torch.arange(heads * head, device=out.weight.device).view(groups, heads // groups, head)
             yield Pair("value", value, out, columns.transpose(1, 2).reshape(groups * head, -1), head)
         elif "down_proj" in parts and ("up_proj" in parts or "gate_up_proj" in parts):

@@ -28,6 +28,7 @@ from torch import Tensor
 
 from formats import FORMATS, BlockFormat, FormatError, find_format
 from qronos_export.activations import eight_bits
+from qronos_export.errors import TransformError
 from qronos_export.rounding.least_squares import normal_equations
 from qronos_export.statistics import LayerStats
 from qronos_export.transforms.anatomy import Anatomy, Norm, Pair
@@ -61,6 +62,8 @@ class Scaling(Transform):
         """s [inputs]; `copies` are inputs that share theirs. Ones where no block divides the rows: these stay float."""
         if len(inputs.largest) % _SMALLEST_BLOCK:
             return torch.ones_like(inputs.largest)
+        if not bool(torch.isfinite(inputs.hessian).all()):
+            raise TransformError("inputs of a layer overflow on the calibration text")
         return self.factors(weights, inputs, lambda s: s if copies is None else shared(s, copies))
 
     @abstractmethod
@@ -147,8 +150,11 @@ class AQAS(Scaling):
 
 def conditional_variance(hessian: Tensor) -> Tensor:
     """c [features]: what is left of each input's power when those that a sweep meets later are known."""
-    stats = LayerStats.of(hessian, hessian, tokens=1)
-    return normal_equations(stats, 3e-2, "blocks").upper.diagonal().pow(-2).float()
+    normal = normal_equations(LayerStats.of(hessian, hessian, tokens=1), 3e-2, "blocks", _SMALLEST_BLOCK)
+    assert normal.order is not None
+    variance = torch.empty_like(hessian[0])
+    variance[normal.order] = normal.upper.diagonal().pow(-2).to(variance.dtype)
+    return variance
 
 
 def _smooth(weights: list[Tensor], inputs: InputStats, migration: float) -> Tensor:
