@@ -226,6 +226,14 @@ def walk(
             block.restore()
 
 
+@torch.no_grad()
+def advance(module: nn.Module, index: int, batches: list[MicroBatch]) -> None:
+    """The float stream alone through decoder block `index`."""
+    for batch in batches:
+        output = module(batch.x, **batch.arguments[index])
+        batch.x = output[0] if isinstance(output, tuple) else output
+
+
 def head_statistics(decoder: Decoder, batches: list[MicroBatch], stream: int, clock: Clock) -> LayerStats:
     """Statistics of the output matrix's input: the final norm's outputs in the float stream and a quantized one."""
     stats = LayerStats(batches[0].x.shape[-1], batches[0].x.device)

@@ -225,10 +225,7 @@ def _of_floats(model: LazyModel, tokens: Tensor, micro_batch: int) -> Evaluation
     decoder = Decoder(model.model.get_decoder(), model.blocks)
     batches = calibration.enter(decoder, tokens, micro_batch)
     for index in range(len(model.blocks)):
-        block = model.load_block(index)
-        for batch in batches:
-            output = block(batch.x, **batch.arguments[index])
-            batch.x = output[0] if isinstance(output, tuple) else output
+        calibration.advance(model.load_block(index), index, batches)
         model.release_block(index)
         give_back()
     losses = torch.cat([

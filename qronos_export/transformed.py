@@ -139,9 +139,7 @@ def _observe(module: nn.Module, index: int, anatomy: Anatomy, batches: list[Micr
         if name in modules:
             hook(name)
     try:
-        for batch in batches:
-            output = module(batch.x, **batch.arguments[index])
-            batch.x = output[0] if isinstance(output, tuple) else output
+        calibration.advance(module, index, batches)
     finally:
         for handle in handles:
             handle.remove()
@@ -153,10 +151,9 @@ def logits(checkpoint: Checkpoint, tokens: Tensor) -> Tensor:
     """What the head returns, before any cap of the model's: float32 [sequences, length, vocabulary], block by block."""
     model = LazyModel(checkpoint, tokens.device)
     decoder = calibration.Decoder(model.model.get_decoder(), model.blocks)
-    (batch,) = calibration.enter(decoder, tokens, len(tokens))
+    batches = calibration.enter(decoder, tokens, len(tokens))
     for index in range(len(model.blocks)):
-        output = model.load_block(index)(batch.x, **batch.arguments[index])
-        batch.x = output[0] if isinstance(output, tuple) else output
+        calibration.advance(model.load_block(index), index, batches)
         model.release_block(index)
     assert model.head is not None
-    return model.head(decoder.leave(tokens, batch.x)).float()
+    return model.head(decoder.leave(tokens, batches[0].x)).float()
