@@ -428,7 +428,7 @@ exit 1
     mute = replace(llamacpp, bin_folder=tmp_path)
     model = tmp_path / "model.gguf"
     model.touch()
-    for silent, said, asked in ((3, "this is why", 3), (9, "it printed nothing", 3), (1, "this is why", 1)):
+    for silent, said, asked in ((6, "this is why", 6), (9, "it printed nothing", 6), (1, "this is why", 1)):
         (tmp_path / "silent").write_text(f"{silent}\n")
         (tmp_path / "asked").unlink(missing_ok=True)
         with pytest.raises(LlamaCppError, match=said):
