@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from formats.block import reciprocal
-from formats.scale_search import in_chunks, to_half
+from formats.scale_search import extremes, in_chunks, to_half
 
 # How many codes the range of the weights is wider than theirs, and how many of these lie below code 0. The negative
 # ones matter to weights that come from a grid already: a group rarely meets both of its ends.
@@ -77,7 +77,7 @@ def search_affine(x: Tensor, importance: Tensor, high: int, below_zero: bool) ->
     (so that outliers are clipped); each time least squares gives scale and offset for the codes that follow. The best
     of these is repeated on its own codes.
     """
-    low, top = x.aminmax(dim=0)
+    low, top = extremes(x)
     if below_zero:
         low, top = low.clamp(max=0.0), top.clamp(min=0.0)
     span = top - low
@@ -111,7 +111,7 @@ def best_half_affine(weights: Tensor, importance: Tensor, high: int) -> tuple[Te
     the plain rule that puts the range of the weights on the codes."""
 
     def search(x: Tensor, imp: Tensor) -> tuple[Tensor, Tensor]:
-        low, top = x.aminmax(dim=0)
+        low, top = extremes(x)
         best_scale, best_offset = to_half((top - low) / high), to_half(low)
         error = affine_error(x, imp, best_scale, best_offset, high)
         scale, offset = search_affine(x, imp, high, below_zero=False)

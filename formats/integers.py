@@ -54,7 +54,7 @@ class IntegerGrid(BlockFormat):
         """Scale and zero point of each group; never worse than the range of the weights laid on the codes, nor than a
         symmetric grid of either sign."""
         high = self.levels.high
-        low, top = x.aminmax(dim=0)
+        low, top = x.amin(0), x.amax(0)
         low, top = low.clamp(max=0.0), top.clamp(min=0.0)
         found, offset = search_affine(x, imp, high, below_zero=True)
         middle = 2 ** (self.bits - 1)
