@@ -37,6 +37,11 @@ class Levels(Protocol):
         """The levels nearest to `values`: `value(nearest(values))`, in place where that is faster. Float32."""
         ...
 
+    def dither(self, values: Tensor, uniform: Tensor) -> Tensor:
+        """Codes of one of the two levels around each of `values`, of the upper one where `uniform`, drawn from [0, 1),
+        is below the share of the way to it; so the level is the value in the mean. The end where values are beyond."""
+        ...
+
 
 @dataclass(frozen=True)
 class Integers:
@@ -54,6 +59,9 @@ class Integers:
     def snap(self, values: Tensor) -> Tensor:
         return values.round_().clamp_(self.low, self.high)
 
+    def dither(self, values: Tensor, uniform: Tensor) -> Tensor:
+        return self.nearest((values - uniform).ceil_())
+
 
 @dataclass(frozen=True)
 class Codebook:
@@ -70,6 +78,9 @@ class Codebook:
 
     def snap(self, values: Tensor) -> Tensor:
         return self._look_up(values, 2)
+
+    def dither(self, values: Tensor, uniform: Tensor) -> Tensor:
+        return _dithered(_cells(self.levels, values.device)[0], values, uniform)
 
     def _look_up(self, values: Tensor, table: int) -> Tensor:
         *tables, low, per_unit = _cells(self.levels, values.device)
@@ -112,6 +123,27 @@ class Floats:
 
     def snap(self, values: Tensor) -> Tensor:
         return self.value(self.nearest(values))
+
+    def dither(self, values: Tensor, uniform: Tensor) -> Tensor:
+        codes = _every_float(self.dtype, values.device)
+        return codes[_dithered(codes.to(torch.float32), values, uniform).to(torch.int64)]
+
+
+@cache
+def _every_float(dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The finite numbers of an 8-bit float type, each once."""
+    every = torch.arange(256, dtype=torch.uint8).view(dtype)
+    finite = every[torch.isfinite(every.to(torch.float32))].to(torch.float32).unique()
+    return finite.to(dtype).to(device)
+
+
+def _dithered(levels: Tensor, values: Tensor, uniform: Tensor) -> Tensor:
+    """Places in `levels` [n], in any order: uint8, the shape of `values`."""
+    ascending, order = levels.sort(stable=True)
+    above = torch.bucketize(values, ascending).clamp_(1, len(levels) - 1)
+    low, high = ascending[above - 1], ascending[above]
+    upper = uniform * (high - low) < values - low
+    return order[torch.where(upper, above, above - 1)].to(torch.uint8)
 
 
 @dataclass(frozen=True)
@@ -193,6 +225,11 @@ class BlockFormat(ABC):
         weights of the others move. Never worse than `grid` for these weights.
         """
         return grid
+
+    def rescaled(self, scale: Tensor) -> Grid | None:
+        """The grid with the storable scales nearest to `scale` [rows, groups]; None where a group's values need more
+        than a real scale of its own."""
+        return None
 
     def tensor_scale(self, weights: Tensor) -> float:
         """A power of two that a whole matrix [rows, columns] is better divided by before it is fitted, where the

@@ -31,6 +31,9 @@ class _Ternary(BlockFormat):
         scale = to_half(best_ternary_scale(*grouped(weights, importance, 256)))
         return self._grid(scale.view(weights.shape[0], -1))
 
+    def rescaled(self, scale: Tensor) -> Grid:
+        return self._grid(to_half(scale))
+
     def _grid(self, d: Tensor) -> Grid:
         return Grid(d, self.levels, group=256, fields=(d,))
 

@@ -4,6 +4,7 @@
     fp16 s | u8 z | codes as a little-endian stream           w = s·(q − z),  0 ≤ q, z < 2^bits
 
     fp16 s | codes of 2 bits as a little-endian stream        w = s·(q − 1),  0 ≤ q ≤ 2 (ternary)
+    fp16 s | codes as a little-endian stream                  w = s·level[q], integers and ±½ (dINT)
 
 What ONNX calls blocked DequantizeLinear and MatMulNBits. GGUF has no such types.
 """
@@ -17,7 +18,17 @@ from torch import Tensor
 
 from formats.affine_search import affine_codes, affine_error, search_affine
 from formats.bits import pack_stream, unpack_stream
-from formats.block import BlockFormat, FormatError, Grid, Integers, blocked, half_bytes, half_from_bytes, reciprocal
+from formats.block import (
+    BlockFormat,
+    Codebook,
+    FormatError,
+    Grid,
+    Integers,
+    blocked,
+    half_bytes,
+    half_from_bytes,
+    reciprocal,
+)
 from formats.scale_search import best_scale, best_ternary_scale, grouped, in_chunks, search_scale, to_half
 
 
@@ -49,6 +60,9 @@ class IntegerGrid(BlockFormat):
             return self._grid(best_scale(*groups, self.levels, _reach(self.bits)).view(rows, -1))
         s, z = in_chunks(self._search, *groups)
         return self._grid(s.view(rows, -1), z.view(rows, -1))
+
+    def rescaled(self, scale: Tensor) -> Grid | None:
+        return self._grid(to_half(scale)) if self.symmetric else None
 
     def _search(self, x: Tensor, imp: Tensor) -> tuple[Tensor, Tensor]:
         """Scale and zero point of each group; never worse than the range of the weights laid on the codes, nor than a
@@ -115,6 +129,9 @@ class TernaryGrid(BlockFormat):
         scale = to_half(best_ternary_scale(*grouped(weights, importance, self.block_size)))
         return self._grid(scale.view(weights.shape[0], -1))
 
+    def rescaled(self, scale: Tensor) -> Grid:
+        return self._grid(to_half(scale))
+
     def _grid(self, s: Tensor) -> Grid:
         return Grid(s, self.levels, group=self.block_size, fields=(s,))
 
@@ -126,6 +143,47 @@ class TernaryGrid(BlockFormat):
     def unpack(self, blocks: Tensor) -> tuple[Tensor, Grid]:
         parts = blocked(blocks, self.block_bytes)
         codes = unpack_stream(parts[:, :, 2:].contiguous(), 2).view(torch.int8) - 1
+        return codes.view(blocks.shape[0], -1), self._grid(half_from_bytes(parts[:, :, :2]))
+
+
+@final
+class DenormalGrid(BlockFormat):
+    """fp16 s | codes;  w = s·level, integers and ±½, in groups or whole rows: dINT (arXiv 2311.05161), where small
+    weights are not lost to 0. Of 2^bits levels two are ±½, the others −2^(bits−1) + 1 … 2^(bits−1) − 2."""
+
+    ggml_type = None
+
+    def __init__(self, bits: int, group: int) -> None:
+        """Raises FormatError for bits other than 3, 4, 8 and for groups that do not fill whole bytes."""
+        if bits not in (3, 4, 8) or group < 1 or group * bits % 8:
+            raise FormatError(f"no dINT grid of {bits} bits in groups of {group}; 3, 4 or 8 bits in whole bytes")
+        self.bits = bits
+        self.name = f"DINT{bits}_G{group}"
+        self.block_size = group
+        self.block_bytes = 2 + group * bits // 8
+        half = 2 ** (bits - 1)
+        self.levels = Codebook((*map(float, range(1 - half, 0)), -0.5, 0.0, 0.5, *map(float, range(1, half - 1))))
+
+    def fit(self, weights: Tensor, importance: Tensor | None = None) -> Grid:
+        groups = grouped(weights, importance, self.block_size)
+        end = 2.0 ** (self.bits - 1) - 1
+        reach = (-end, end, 1 - end, end - 1, -0.75 * end, 0.75 * end, -1.25 * end, 1.25 * end)
+        return self._grid(best_scale(*groups, self.levels, reach).view(weights.shape[0], -1))
+
+    def rescaled(self, scale: Tensor) -> Grid:
+        return self._grid(to_half(scale))
+
+    def _grid(self, s: Tensor) -> Grid:
+        return Grid(s, self.levels, group=self.block_size, fields=(s,))
+
+    def pack(self, codes: Tensor, grid: Grid) -> Tensor:
+        rows = codes.shape[0]
+        data = pack_stream(codes.contiguous().view(rows, -1, self.block_size), self.bits)
+        return torch.cat([half_bytes(grid.fields[0]), data], dim=2).view(rows, -1)
+
+    def unpack(self, blocks: Tensor) -> tuple[Tensor, Grid]:
+        parts = blocked(blocks, self.block_bytes)
+        codes = unpack_stream(parts[:, :, 2:].contiguous(), self.bits)
         return codes.view(blocks.shape[0], -1), self._grid(half_from_bytes(parts[:, :, :2]))
 
 

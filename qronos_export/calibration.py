@@ -47,12 +47,13 @@ class Group:
 @dataclass
 class MicroBatch:
     """Some sequences on their way: token ids, hidden states of all streams, arguments of every block. Statistics are
-    made of those that are `counted`."""
+    made of those that are `counted`, and apart once more of those that are `held` out to choose by."""
 
     tokens: Tensor  # int64 [sequences, length]
     x: Tensor  # float [sequences, length, hidden], float stream
     arguments: list[dict[str, Any]]
     counted: bool = True
+    held: bool = False
     x_hat: list[Tensor] = field(default_factory=list)  # the same as x for each quantized stream
 
 
@@ -211,7 +212,7 @@ def walk(
                 for batch, payload, forward in zip(batches, payloads, stream.forwards, strict=True):
                     arrived = _switched(forward, clock)
                     if batch.counted:
-                        _observe(groups, stop, module, payload, arrived, clock)
+                        _observe(groups, stop, module, payload, arrived, batch.held, clock)
                 clock.lap("statistics")
                 yield stream.number, groups
                 clock.lap(None)
@@ -240,7 +241,7 @@ def head_statistics(decoder: Decoder, batches: list[MicroBatch], stream: int, cl
     for batch in filter(lambda batch: batch.counted, batches):
         x, x_hat = decoder.leave(batch.tokens, batch.x), decoder.leave(batch.tokens, batch.x_hat[stream])
         clock.lap("forward")
-        stats.update(x.flatten(0, 1), x_hat.flatten(0, 1))
+        stats.update(x.flatten(0, 1), x_hat.flatten(0, 1), held=batch.held)
         clock.lap("statistics")
     return stats
 
@@ -300,11 +301,11 @@ def _groups(module: nn.Module, quantized: nn.Module, name: str, stop: Stop) -> l
     ]
 
 
-def _observe(groups: list[Group], stop: Stop, module: nn.Module, x: Any, x_hat: Any, clock: Clock) -> None:
+def _observe(groups: list[Group], stop: Stop, module: nn.Module, x: Any, x_hat: Any, held: bool, clock: Clock) -> None:
     """Add one micro-batch. The quantized stream's routing decides which tokens an expert sees; the float input of
     those same tokens is the other half of each pair."""
     if stop.stage == "linear":
-        groups[0].stats.update(x.flatten(0, -2), x_hat.flatten(0, -2))
+        groups[0].stats.update(x.flatten(0, -2), x_hat.flatten(0, -2), held=held)
         return
     assert isinstance(x, Routed) and isinstance(x_hat, Routed)
     experts = module.get_submodule(stop.members[0])
@@ -313,10 +314,10 @@ def _observe(groups: list[Group], stop: Stop, module: nn.Module, x: Any, x_hat: 
         if not len(token):
             continue
         if stop.stage == "up":
-            group.stats.update(x.hidden[token], x_hat.hidden[token])
+            group.stats.update(x.hidden[token], x_hat.hidden[token], held=held)
         else:
             assert x_hat.inner is not None
             clock.lap("statistics")
             inner = expert_inner(experts, expert, x.hidden[token])
             clock.lap("forward")
-            group.stats.update(inner, x_hat.inner[expert])
+            group.stats.update(inner, x_hat.inner[expert], held=held)

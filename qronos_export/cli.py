@@ -50,6 +50,10 @@ LlamaCppOption = Annotated[
 RecipeOption = Annotated[
     str | None, typer.Option(help="YAML of settings, a report.json, or one of `recipe list`.", metavar="FILE|NAME")
 ]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="Anything of the recipe; wins over its file.", metavar="KEY=VALUE"),
+]
 ContextOption = Annotated[int, typer.Option("--context", help="Tokens a chunk.")]
 ChunksOption = Annotated[int | None, typer.Option("--chunks", help="Chunks to validate on at most.")]
 TextOption = Annotated[
@@ -114,11 +118,12 @@ def quantize(
     ] = None,
     magr: Annotated[float | None, _setting("magr", "MagR's α, for few bits: how much of extremes is given up.")] = None,
     order: Annotated[
-        str | None, _setting("order", "Columns: natural, descending, or blocks: heavy ones first.")
+        str | None, _setting("order", "Columns: natural, descending, min_pivot, or blocks: heavy ones first.")
     ] = None,
     micro_batch: Annotated[int | None, _setting("micro_batch", "Sequences run at a time.")] = None,
     device: Annotated[str | None, _setting("device", "auto, cpu, cuda or cuda:i.")] = None,
     recipe: RecipeOption = None,
+    settings: SetOption = None,
     text: TextOption = None,
     context: ContextOption = 512,
     chunks: ChunksOption = 40,
@@ -130,6 +135,7 @@ def quantize(
 ) -> None:
     """Quantize MODEL into DIR/<model>-<FORMAT>.gguf, one for each format, and DIR/report.json."""
     given = {name: value for name, value in locals().items() if name in RECIPE_FIELDS and value is not None}
+    given = dict(_setting_of(each) for each in settings or []) | given
     if override:
         given["overrides"] = dict(_override(each) for each in override)
     wanted = load_recipe(recipe, **given) if recipe else recipe_from(given, "The command line")
@@ -210,9 +216,7 @@ def validate(
 def evaluate(
     model: Annotated[str, typer.Argument(help="Folder with config.json and safetensors, hub id, .gguf or `demo`.")],
     recipe: RecipeOption = None,
-    settings: Annotated[
-        list[str] | None, typer.Option("--set", help="Of the recipe; wins over its file.", metavar="KEY=VALUE")
-    ] = None,
+    settings: SetOption = None,
     text: TextOption = None,
     context: ContextOption = 512,
     chunks: ChunksOption = 40,

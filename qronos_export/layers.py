@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import time
+import zlib
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -13,7 +15,7 @@ from formats import BlockFormat
 from qronos_export.calibration import Group, Matrix
 from qronos_export.plan import Mix
 from qronos_export.report import LayerReport
-from qronos_export.rounding import Rounder, Settings, magr, rtn
+from qronos_export.rounding import Rounder, Settings, chosen, magr, rtn
 
 if TYPE_CHECKING:
     from qronos_export.artifact.gguf import StoredTensor, Target
@@ -99,7 +101,12 @@ def _round_rows(
         share = torch.linalg.vecdot(change @ stats.hessian, change).sum()
         share = share / torch.linalg.vecdot(given @ stats.hessian, given).sum()
         moved = f"MagR moved the outputs by {float(share):.2g} of their power"
-    note = "; ".join(filter(None, [note, unscaled, moved]))
+    picked = ""
+    if settings.dither is not None:  # other draws for every group of layers
+        settings = replace(settings, dither=zlib.crc32(f"{settings.dither} {fmt.name} {jobs[0][0].name}".encode()))
+    if settings.held_out and rounder is not rtn:
+        settings, picked = chosen(weight, stats, fmt, settings, rounder)
+    note = "; ".join(filter(None, [note, unscaled, moved, picked]))
     rounded = rounder(weight, stats, fmt, settings)
     power = torch.linalg.vecdot(weight @ stats.hessian if stats.tokens else weight, weight)
     values = rounded.weight.dequantize()

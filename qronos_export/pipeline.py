@@ -403,13 +403,17 @@ def calibrate(
 ) -> Iterator[LayerReport]:
     """Embedding, every block, head: all streams side by side; yields each tensor as it is rounded."""
     rounder = blind if recipe.method == "rtn" else ROUNDERS[recipe.method]
-    settings = Settings(recipe.damping, recipe.shrinkage, recipe.order, recipe.magr)
+    settings = Settings(
+        recipe.damping, recipe.shrinkage, recipe.order, recipe.magr, recipe.seed if recipe.stochastic else None,
+        recipe.refine, recipe.held_out > 0,
+    )  # fmt: skip
     decoder = calibration.Decoder(model.model.get_decoder(), model.blocks)
     rounded_inputs = None if recipe.activations == "none" else activation(recipe.activations)
 
     clock.lap(None)
     _claim_embedding(model, plan)
     batches = calibration.enter(decoder, tokens, recipe.micro_batch)
+    _hold_out(batches, recipe.held_out)
     if passengers:
         passengers.batches = calibration.enter(decoder, passengers.tokens, recipe.micro_batch, counted=False)
         batches = [*batches, *passengers.batches]
@@ -456,6 +460,20 @@ def calibrate(
                     passengers.heads.append(head.matrices[0].quantized)
             elif passengers:
                 passengers.heads.append(weight)
+
+
+def _hold_out(batches: list[MicroBatch], share: float) -> None:
+    """Set a `share` of the micro-batches apart, evenly. Raises UsageError where they are too few."""
+    if not share:
+        return
+    every = round(1 / share)
+    if len(batches) < every:
+        raise UsageError(
+            f"held_out: {share:g} takes one in {every} micro-batches and there are {len(batches)}; lower micro_batch "
+            "or raise samples."
+        )
+    for batch in batches[every - 1 :: every]:
+        batch.held = True
 
 
 def round_to_nearest(model: LazyModel, plan: Plan, outputs: list[Output], clock: Clock) -> Iterator[LayerReport]:

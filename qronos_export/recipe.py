@@ -11,9 +11,11 @@ from typing import Any
 from qronos_export.errors import UsageError
 
 METHODS = ("qronos", "gptaq", "gptq", "ldlq", "gpfq", "rtn")
+ERROR_DIFFUSION = ("qronos", "gptaq", "gptq", "ldlq")
+SWEEPS = (*ERROR_DIFFUSION, "gpfq")
 TRANSFORMS = ("hadamard", "hadamard-r2", "smoothquant", "awq", "aqas", "equalize", "permute")
 ACTIVATIONS = ("none", "q8_0", "q8_k", "int8", "int4", "mxfp4", "mxfp8")
-ORDERS = ("natural", "descending", "blocks")
+ORDERS = ("natural", "descending", "blocks", "min_pivot")
 
 
 @dataclass(frozen=True)
@@ -34,8 +36,13 @@ class Recipe:
     damping:          α in λ = α · mean(diag H).
     shrinkage:        β in G_β = H + β(G − H): how far the measured mismatch of the two streams is trusted.
     magr:             MagR's α: how much of the weights' extremes is given up before they are rounded; 0 is none.
-    order:            natural, descending (by diag H, scales fixed beforehand), or blocks: blocks with heavy inputs
-                      first, in them heavy columns; in natural and blocks the scales follow the diffused weights.
+    held_out:         share of the micro-batches, at most a half, on which λ and β are chosen for every group of layers,
+                      λ from a tenth to ten times `damping`; 0 takes damping and shrinkage as they are.
+    stochastic:       codes are drawn from the two neighbours of a weight, seeded, instead of the nearest.
+    refine:           rounds of new scales and coordinate descent on the codes after error diffusion.
+    order:            natural, descending (by diag H, scales fixed beforehand), blocks: blocks with heavy inputs
+                      first, in them heavy columns, or min_pivot: last what later columns say most about, with blocks
+                      kept whole; in all but descending the scales follow the diffused weights.
     calibration:      a text file, `hf:NAME[:CONFIG[:SPLIT]]`, or `self` for text sampled from the model.
     samples, sequence_length: calibration tokens = samples × sequence_length.
     micro_batch:      sequences run at a time.
@@ -54,6 +61,9 @@ class Recipe:
     damping: float = 3e-2
     shrinkage: float = 0.5
     magr: float = 0.0
+    held_out: float = 0.0
+    stochastic: bool = False
+    refine: int = 0
     order: str = "blocks"
     calibration: str = "self"
     samples: int = 128
@@ -79,6 +89,13 @@ class Recipe:
             raise UsageError(f"damping is {self.damping}; expected a number ≥ 0, typically 1e-6 … 1e-1.")
         if not (math.isfinite(self.magr) and self.magr >= 0):
             raise UsageError(f"magr is {self.magr}; expected a number ≥ 0, typically 1e-3 … 1e-1.")
+        if not 0 <= self.held_out <= 0.5:
+            raise UsageError(f"held_out is {self.held_out}; expected a share from 0 to 0.5, typically 0.125.")
+        if self.refine < 0:
+            raise UsageError(f"refine is {self.refine}; expected a number of rounds ≥ 0.")
+        for name, able in (("held_out", ERROR_DIFFUSION), ("refine", ERROR_DIFFUSION), ("stochastic", SWEEPS)):
+            if getattr(self, name) and self.method not in able:
+                raise UsageError(f"{name} is for methods {', '.join(able)}; method is {self.method}.")
         if not 0 <= self.shrinkage <= 1:
             raise UsageError(f"shrinkage is {self.shrinkage}; expected a number from 0 (GPTQ) to 1 (trust fully).")
 

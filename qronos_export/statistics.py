@@ -20,6 +20,7 @@ class LayerStats:
     def __init__(self, features: int, device: torch.device | str = "cpu") -> None:
         self.features = features
         self.tokens = 0
+        self.held: LayerStats | None = None  # of those tokens that were held out
         self._hessian = torch.zeros(features, features, device=device)
         self._cross = torch.zeros(features, features, device=device)
 
@@ -30,11 +31,15 @@ class LayerStats:
         stats.tokens, stats._hessian, stats._cross = tokens, hessian, cross
         return stats
 
-    def update(self, x: Tensor, x_hat: Tensor) -> None:
-        """Add one batch of the same tokens in both streams: float [tokens, features] each."""
+    def update(self, x: Tensor, x_hat: Tensor, *, held: bool = False) -> None:
+        """Add one batch of the same tokens in both streams: float [tokens, features] each; `held` keeps its moments
+        apart as well."""
         new = x.shape[0]
         if new == 0:
             return
+        if held:
+            self.held = self.held or LayerStats(self.features, self._hessian.device)
+            self.held.update(x, x_hat)
         total = self.tokens + new
         keep, gain = self.tokens / total, 1.0 / total
         x, x_hat = x.to(torch.float32), x_hat.to(torch.float32)
@@ -44,6 +49,15 @@ class LayerStats:
             rows = x_hat[:, start : start + width]
             self._hessian[start : start + width, start:].addmm_(rows.T, x_hat[:, start:], beta=keep, alpha=gain)
         self.tokens = total
+
+    def without_held(self) -> LayerStats:
+        """The moments of all tokens that were not held out."""
+        assert self.held is not None and self.tokens > self.held.tokens
+        rest = self.tokens - self.held.tokens
+        keep, gone = self.tokens / rest, self.held.tokens / rest
+        return LayerStats.of(
+            keep * self.hessian - gone * self.held.hessian, keep * self.cross - gone * self.held.cross, rest
+        )
 
     @property
     def hessian(self) -> Tensor:

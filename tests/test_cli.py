@@ -79,6 +79,11 @@ def test_debug_shows_the_traceback_wherever_it_stands(arguments: list[str]) -> N
         ({"format": "Q4_0,q4_0"}, "each once"),
         ({"transforms": "equalize,none"}, "transforms is 'none'; expected one of hadamard"),
         ({"transforms": ""}, "transforms is ''; expected one of hadamard"),
+        ({"held_out": 0.7}, "held_out is 0.7; expected a share from 0 to 0.5"),
+        ({"refine": -1}, "refine is -1; expected a number of rounds"),
+        ({"refine": 1, "method": "rtn"}, "refine is for methods qronos, gptaq, gptq, ldlq; method is rtn"),
+        ({"stochastic": True, "method": "rtn"}, "stochastic is for methods qronos"),
+        ({"held_out": 0.25, "method": "gpfq"}, "held_out is for methods qronos"),
         ({"overrides": {"blk.*": 4}}, r"overrides is {'blk.\*': 4}; expected dict"),
     ],
 )

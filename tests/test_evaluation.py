@@ -18,7 +18,7 @@ from qronos_export.checkpoint.lazy import read_finite
 from qronos_export.corpus import held_out_text, held_out_tokens
 from qronos_export.errors import UsageError
 from qronos_export.evaluation import Evaluated, Evaluation, _everything, evaluate
-from qronos_export.pipeline import Held, Passengers, calibrate
+from qronos_export.pipeline import Held, Passengers, Step, calibrate
 from qronos_export.recipe import ACTIVATIONS as NAMES
 from qronos_export.recipe import Recipe
 from tests.families import FAMILIES, make
@@ -93,6 +93,21 @@ def test_what_is_measured_on_is_not_calibrated_on(tmp_path: Path) -> None:
 
     alone, ridden = codes(None), codes(Passengers(torch.randint(5, 1000, (3, 40))))
     assert len(alone) == 14 and all(torch.equal(blocks, ridden[name]) for name, blocks in alone.items())
+
+
+def test_layers_are_tuned_on_tokens_held_out(text: Path, tmp_path: Path) -> None:
+    """One micro-batch in four; every layer's note names what was chosen. Too few of them are refused."""
+    recipe = Recipe(
+        str(make("llama", tmp_path / "tiny")), "INT3", calibration=str(text), samples=8, sequence_length=64,
+        held_out=0.25, micro_batch=2, refine=1, stochastic=True, order="min_pivot", transforms="none",
+    )  # fmt: skip
+    *events, done = evaluate(recipe.model, recipe, Held(text, 64, 2), device="cpu")
+    layers = [event.layer for event in events if isinstance(event, Step) and event.layer]
+    picked = [layer for layer in layers if layer.note.endswith("by held-out tokens")]
+    assert len(picked) == 14 and len({layer.note for layer in picked}) > 1
+    assert isinstance(done, Evaluated) and done.evaluation.kl_divergence
+    with pytest.raises(UsageError, match=r"held_out: 0\.25 takes one in 4 micro-batches and there are 2"):
+        list(evaluate(recipe.model, replace(recipe, micro_batch=4), Held(text, 64, 2), device="cpu"))
 
 
 def test_a_mix_is_for_files(text: Path, tmp_path: Path) -> None:

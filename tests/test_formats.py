@@ -9,10 +9,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from formats import FORMATS, BlockFormat, FormatError, Grid, IntegerGrid, TernaryGrid, find_format
+from formats import FORMATS, BlockFormat, DenormalGrid, FormatError, Grid, IntegerGrid, TernaryGrid, find_format
 
 INTEGERS = [IntegerGrid(bits, group, symmetric=even) for bits in (2, 3, 4, 8) for group in (32, 256) for even in (0, 1)]
-INTEGERS.append(TernaryGrid(64))
+INTEGERS += [TernaryGrid(64), DenormalGrid(3, 64), DenormalGrid(4, 32), DenormalGrid(8, 64)]
 BLOCKS = [*(fmt for fmt in FORMATS.values() if not fmt.is_float), *INTEGERS]
 FLOATS = [fmt for fmt in FORMATS.values() if fmt.is_float]
 
@@ -234,9 +234,20 @@ def test_formats_are_found_by_name() -> None:
         ("UINT3", IntegerGrid(3, 576, symmetric=False)),
         ("TERNARY_G64", TernaryGrid(64)),
         ("TERNARY", TernaryGrid(576)),
+        ("DINT4_G32", DenormalGrid(4, 32)),
+        ("DINT3", DenormalGrid(3, 576)),
     ):
         grid = find_format(name, 576)
         assert (grid.name, grid.block_size, type(grid)) == (found.name, found.block_size, type(found))
-    for wrong in ("INT5", "INT4_G", "int4", "UTERNARY", "Q4_0_G64", "INT3_G4"):
+    for wrong in ("INT5", "INT4_G", "int4", "UTERNARY", "Q4_0_G64", "INT3_G4", "DINT2"):
         with pytest.raises(FormatError):
             find_format(wrong, 576)
+
+
+def test_denormals_are_halves_of_the_step() -> None:
+    """dINT: as many levels as codes, all integers but ±½."""
+    for bits in (3, 4, 8):
+        levels = DenormalGrid(bits, 64).levels.levels
+        assert len(levels) == len(set(levels)) == 2**bits
+        assert sorted(level for level in levels if level % 1) == [-0.5, 0.5]
+        assert (min(levels), max(levels)) == (1 - 2 ** (bits - 1), 2 ** (bits - 1) - 2)

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
 
-from formats import FORMATS, BlockFormat, IntegerGrid, TernaryGrid
+from formats import FORMATS, BlockFormat, DenormalGrid, IntegerGrid, TernaryGrid
+from formats.block import Codebook, Floats, Integers, Levels
 from qronos_export.recipe import ORDERS
-from qronos_export.rounding import ROUNDERS, Settings, gpfq, gptaq, gptq, qronos, rtn
+from qronos_export.rounding import ROUNDERS, Settings, chosen, gpfq, gptaq, gptq, qronos, rtn
 from qronos_export.rounding.least_squares import column_order, normal_equations
 from qronos_export.rounding.magr import magr, project_l1, spectral_norm
+from qronos_export.rounding.refine import _scales
 from qronos_export.rounding.sweep import DivergedError, sweep
 from qronos_export.statistics import LayerStats
 from tests import naive
@@ -20,6 +25,7 @@ BLOCKS = [
     *(fmt for fmt in FORMATS.values() if not fmt.is_float),
     *(IntegerGrid(bits, 64, symmetric=even) for bits in (2, 3, 4, 8) for even in (False, True)),
     TernaryGrid(64),
+    DenormalGrid(4, 64),
 ]
 
 
@@ -104,8 +110,10 @@ def test_qronos_in_descending_order_is_the_papers_algorithm_on_reordered_columns
 
 def test_ldlq_is_gptq() -> None:
     """QuIP's theorem: written with H's own factors, the same codes."""
-    assert ROUNDERS["ldlq"] is gptq
     weight, stats, *_ = problem()
+    settings = Settings(0.01, 1.0, "blocks")
+    ours = ROUNDERS["ldlq"](weight, stats, Q4, settings)
+    assert torch.equal(ours.weight.blocks, gptq(weight, stats, Q4, settings).weight.blocks) and ours.method == "ldlq"
     grid, nearest = fixed(Q4, weight)
     damped = stats.hessian.double()
     damped += 0.01 * damped.diagonal().mean() * torch.eye(len(damped), dtype=torch.float64)
@@ -398,3 +406,127 @@ def test_rows_are_independent() -> None:
     same = (whole.weight.blocks == torch.cat([part.weight.blocks for part in parts])).all(1)
     assert same.float().mean() > 0.7
     torch.testing.assert_close(whole.loss[same], torch.cat([part.loss for part in parts])[same], rtol=1e-3, atol=0)
+
+
+def test_min_pivot_orders_by_what_is_left(block: int = 32) -> None:
+    """With blocks of one column it is the greedy elimination of the smallest remaining diagonal entry; with larger ones
+    blocks stay whole, and the bound Σ 1/U² is below that of natural order."""
+    _, stats, *_ = problem(columns=96)
+    hessian = stats.hessian.double()
+    damped = hessian + 1e-4 * hessian.diagonal().mean() * torch.eye(96, dtype=torch.float64)
+    order, left = column_order(stats.hessian, "min_pivot", 1), list(range(96))
+    assert order is not None
+    for place in order.flip(0).tolist():
+        known = [each for each in range(96) if each not in left]
+        part = damped[left][:, left]
+        if known:
+            part = part - damped[left][:, known] @ torch.linalg.solve(damped[known][:, known], damped[known][:, left])
+        assert left[int(part.diagonal().argmin())] == place
+        left.remove(place)
+    whole = column_order(stats.hessian, "min_pivot", block)
+    assert whole is not None and torch.equal(whole.sort().values, torch.arange(96))
+    assert bool((whole.view(-1, block) // block == whole.view(-1, block)[:, :1] // block).all())
+    bound = {
+        name: float(normal_equations(stats, 1e-4, name, block).upper.diagonal().pow(-2).sum())
+        for name in ("natural", "min_pivot")
+    }
+    assert bound["min_pivot"] < bound["natural"]
+
+
+@pytest.mark.parametrize("fmt", BLOCKS, ids=repr)
+def test_refining_lowers_the_loss(fmt: BlockFormat) -> None:
+    """Row by row, by less each time, and the loss it reports is that of the bytes."""
+    weight, stats, *_ = problem(rows=24, columns=256, tokens=1000)
+    losses = []
+    for rounds in range(4):
+        rounded = gptq(weight, stats, fmt, Settings(0.01, 1.0, "blocks", refine=rounds))
+        error = (weight - rounded.weight.dequantize()).double()
+        damped = stats.hessian.double() + rounded.damping * torch.eye(256, dtype=torch.float64)
+        exact = ((error @ damped) * error).sum(1)
+        torch.testing.assert_close(rounded.loss.double(), exact, rtol=2e-3, atol=0)
+        losses.append(exact)
+    for before, after in itertools.pairwise(losses):
+        assert bool((after <= before * (1 + 1e-4)).all())
+    assert losses[1].sum() < 0.99 * losses[0].sum()
+
+
+def test_refined_scales_are_least_squares() -> None:
+    """With one block a row and codes that stay, the scale is the optimum under H, to fp16."""
+    weight, stats, *_ = problem(columns=32)
+    fmt = FORMATS["Q4_0"]
+    normal = normal_equations(stats, 0.01, "natural")
+    plain = gptq(weight, stats, fmt, Settings(0.01, 1.0, "natural")).weight
+    codes, grid = fmt.unpack(plain.blocks)
+    better = _scales(codes.T.contiguous(), grid, weight, normal.damped, fmt)
+    levels, damped = codes.double(), normal.damped.double()
+    optimum = ((levels @ damped) * weight.double()).sum(1) / ((levels @ damped) * levels).sum(1)
+    torch.testing.assert_close(better.scale[:, 0].double(), optimum, rtol=1e-3, atol=0)
+
+
+LEVELS = [Integers(-8, 7), Codebook((0.0, 0.5, 1.5, -0.0, -3.0, 4.0, 7.0, -7.0)), Floats(torch.float8_e4m3fn)]
+
+
+@pytest.mark.parametrize("levels", LEVELS, ids=repr)
+def test_dither_keeps_the_mean(levels: Levels) -> None:
+    """One of the two neighbours, in the mean the value; a level itself always, and the ends beyond them."""
+    values = torch.linspace(-6.9, 6.9, 50)
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.stack([
+        levels.value(levels.dither(values, torch.rand(50, generator=generator))) for _ in range(4000)
+    ])  # fmt: skip
+    gap = drawn.amax(0) - drawn.amin(0)
+    assert bool(((drawn.amin(0) <= values) & (values <= drawn.amax(0)) & (gap > 0)).all())
+    assert all(len(column.unique()) == 2 for column in drawn.T)
+    assert bool(((drawn.mean(0) - values).abs() < 5 * gap / 2 / 4000**0.5).all())
+    exact = levels.value(levels.nearest(values))
+    assert torch.equal(levels.value(levels.dither(exact, torch.rand(50))), exact)
+    ends = levels.value(levels.nearest(torch.tensor([-1e9, 1e9])))
+    assert torch.equal(levels.value(levels.dither(torch.tensor([-1e9, 1e9]), torch.rand(2))), ends)
+
+
+def test_stochastic_rounding_is_seeded() -> None:
+    weight, stats, *_ = problem()
+    one, same, other = (
+        qronos(weight, stats, Q4, Settings(0.01, 0.5, "blocks", dither=seed)).weight.blocks for seed in (3, 3, 4)
+    )
+    assert torch.equal(one, same) and not torch.equal(one, other)
+
+
+def test_held_out_moments_are_apart() -> None:
+    x, x_hat = torch.randn(2, 300, 16)
+    stats = LayerStats(16)
+    for number, (a, b) in enumerate(zip(x.split(50), x_hat.split(50), strict=True)):
+        stats.update(a, b, held=number % 3 == 2)
+    held = torch.arange(300) // 50 % 3 == 2
+    assert stats.held is not None and stats.held.tokens == 100
+    for ours, kept in ((stats.held, held), (stats.without_held(), ~held)):
+        torch.testing.assert_close(ours.hessian, x_hat[kept].T @ x_hat[kept] / int(kept.sum()), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(ours.cross, x[kept].T @ x_hat[kept] / int(kept.sum()), rtol=1e-4, atol=1e-4)
+
+
+def test_beta_and_lambda_follow_the_held_out_tokens() -> None:
+    """Mismatch that is the same on all tokens is trusted, mismatch that is noise of too few tokens is not; and what is
+    chosen does better on held-out tokens than what was given, or as well."""
+    torch.manual_seed(1)
+    weight, mixing = torch.randn(12, 64) * 0.05, torch.randn(64, 64) * 0.3 + torch.eye(64)
+    shift = torch.eye(64) + 0.1 * torch.randn(64, 64)
+
+    def picked(tokens: int, lasting: bool) -> tuple[Settings, LayerStats]:
+        x = torch.randn(tokens, 64) @ mixing
+        x_hat = x @ shift if lasting else x + 0.5 * torch.randn(tokens, 64) @ mixing
+        stats = LayerStats(64)
+        for number, (a, b) in enumerate(zip(x.chunk(8), x_hat.chunk(8), strict=True)):
+            stats.update(a, b, held=number == 7)
+        return chosen(weight, stats, Q4, Settings(0.01, 0.5, "blocks"), qronos)[0], stats
+
+    lasting, stats = picked(4000, True)
+    assert lasting.shrinkage > 0.9
+    assert picked(100, False)[0].shrinkage < 0.5
+    assert stats.held is not None
+
+    def left(settings: Settings) -> float:
+        values = qronos(weight, stats.without_held(), Q4, settings).weight.dequantize()
+        return float((values @ stats.held.hessian * values).sum() - 2 * (weight @ stats.held.cross * values).sum())
+
+    assert left(lasting) < left(Settings(0.01, 0.5, "blocks"))
+    assert {left(replace(lasting, damping=factor * 0.01)) >= left(lasting) for factor in (0.1, 0.3, 1, 3, 10)} == {True}

@@ -2,7 +2,8 @@
 
 from qronos_export.rounding.gpfq import gpfq
 from qronos_export.rounding.gptaq import gptaq
-from qronos_export.rounding.gptq import gptq
+from qronos_export.rounding.gptq import gptq, ldlq
+from qronos_export.rounding.held_out import chosen
 from qronos_export.rounding.magr import magr
 from qronos_export.rounding.qronos import qronos
 from qronos_export.rounding.rounded import Rounded, Rounder, Settings
@@ -12,9 +13,22 @@ ROUNDERS: dict[str, Rounder] = {
     "qronos": qronos,
     "gptaq": gptaq,
     "gptq": gptq,
-    "ldlq": gptq,  # QuIP's (arXiv 2307.13304) linear feedback is the same
+    "ldlq": ldlq,
     "gpfq": gpfq,
     "rtn": rtn,
 }
 
-__all__ = ["ROUNDERS", "Rounded", "Rounder", "Settings", "blind", "gpfq", "gptaq", "gptq", "magr", "qronos", "rtn"]
+__all__ = [
+    "ROUNDERS",
+    "Rounded",
+    "Rounder",
+    "Settings",
+    "blind",
+    "chosen",
+    "gpfq",
+    "gptaq",
+    "gptq",
+    "magr",
+    "qronos",
+    "rtn",
+]

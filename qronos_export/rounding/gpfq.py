@@ -38,8 +38,9 @@ def gpfq(weight: Tensor, stats: LayerStats, fmt: BlockFormat, settings: Settings
     grid = fmt.fit(weight, diagonal)
     try:
         codes, grid, _ = sweep(
-            weight + shift, -feedback, fmt, importance=diagonal, order=order, grid=grid, anchor=weight
-        )
+            weight + shift, -feedback, fmt, importance=diagonal, order=order, grid=grid, anchor=weight,
+            dither=settings.dither,
+        )  # fmt: skip
     except DivergedError as diverged:
         return rtn(weight, stats, fmt, settings, note=f"{diverged}; rounded to nearest")
     packed = QuantizedWeight(fmt, fmt.pack(codes, grid), (weight.shape[0], weight.shape[1]))

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from formats import BlockFormat, QuantizedWeight
 from qronos_export.rounding.least_squares import Normal, SingularError, normal_equations
+from qronos_export.rounding.refine import refined
 from qronos_export.rounding.rounded import Rounded, Rounder, Settings
 from qronos_export.rounding.rtn import rtn
 from qronos_export.rounding.sweep import DivergedError, sweep
@@ -33,6 +34,12 @@ def calibrated(solve: Callable[[Tensor, Normal, BlockFormat, Settings], Rounded]
 
 
 @calibrated
+def ldlq(weight: Tensor, normal: Normal, fmt: BlockFormat, settings: Settings) -> Rounded:
+    """QuIP's linear feedback (arXiv 2307.13304), which comes to the same as GPTQ."""
+    return diffuse(weight, normal, fmt, "ldlq", normal.project(weight, 0.0)[1], settings)
+
+
+@calibrated
 def gptq(weight: Tensor, normal: Normal, fmt: BlockFormat, settings: Settings) -> Rounded:
     """Round `weight` [rows, columns] so that X̂q stays close to X̂w."""
     _, mismatch = normal.project(weight, 0.0)
@@ -48,14 +55,18 @@ def diffuse(
     settings: Settings,
     first: Tensor | None = None,
 ) -> Rounded:
-    """Sweep `target` [rows, columns]; the loss follows from the bookkeeping Σ e_t² / U_tt², exactly and for free."""
+    """Sweep `target` [rows, columns]; the loss follows from the bookkeeping Σ e_t² / U_tt², exactly and for free. Then
+    refine codes and scales, where asked to."""
     importance = normal.hessian.diagonal()
     # In descending order no block is met as a whole.
     grid = fmt.fit(target, importance) if settings.order == "descending" else None
     codes, grid, errors = sweep(
-        target, normal.feedback, fmt, importance=importance, order=normal.order, grid=grid, first=first
-    )
+        target, normal.feedback, fmt, importance=importance, order=normal.order, grid=grid, first=first,
+        dither=settings.dither,
+    )  # fmt: skip
     loss = torch.einsum("tr,t->r", errors.square_(), normal.upper.diagonal().pow(-2).to(errors.dtype))
+    if settings.refine:
+        codes, grid, loss = refined(codes, grid, target, normal.damped, fmt, settings.refine)
     rows, columns = target.shape
     packed = QuantizedWeight(fmt, fmt.pack(codes, grid), (rows, columns))
     return Rounded(packed, loss, mismatch, normal.damping, method, normal.note)

@@ -45,6 +45,13 @@ class Normal:
         """M_ts = U_ts / U_tt, float32."""
         return (self.upper / self.upper.diagonal()[:, None]).to(torch.float32)
 
+    @property
+    def damped(self) -> Tensor:
+        """H + λI, float32, in storage order."""
+        damped = self.hessian.clone()
+        damped.diagonal().add_(self.damping)
+        return damped
+
     def project(self, weight: Tensor, shrinkage: float) -> tuple[Tensor, Tensor]:
         """The least-squares weights V = W(G_β + λI)(H + λI)⁻¹ for inputs X̂ and outputs XWᵀ, G_β = H + β(G − H).
 
@@ -65,7 +72,8 @@ _RUN = 32
 
 def column_order(hessian: Tensor, name: str, block: int = _RUN) -> Tensor | None:
     """None for `natural`; `descending` sorts by diag H, largest first (ties keep their order); `blocks` sorts blocks of
-    `block` columns by their largest, in them runs of 32 (or what divides them) likewise, and in these the columns."""
+    `block` columns by their largest, in them runs of 32 (or what divides them) likewise, and in these the columns;
+    `min_pivot` does the same from the last to the first with what is left of H when those after are known."""
     if name == "natural":
         return None
     if name == "blocks":
@@ -76,9 +84,48 @@ def column_order(hessian: Tensor, name: str, block: int = _RUN) -> Tensor | None
             rank = torch.argsort(diagonal.view(-1, size).amax(1), descending=True, stable=True).argsort()
             order = order[torch.argsort(rank[order // size], stable=True)]
         return order
+    if name == "min_pivot":
+        return _min_pivot(hessian, block)
     if name == "descending":
         return torch.argsort(hessian.diagonal(), descending=True, stable=True)
-    raise ValueError(f"unknown column order {name!r}; expected natural, descending or blocks")
+    raise ValueError(f"unknown column order {name!r}; expected natural, descending, blocks or min_pivot")
+
+
+def _min_pivot(hessian: Tensor, block: int) -> Tensor:
+    """Min-pivot order (arXiv 2507.18553), with blocks kept whole: from the last column to the first, always the block,
+    in it the run, in that the column whose input varies least once those that come after it are known.
+
+    GPTQ's error is at most Σ of these variances times a quarter of the squared step.
+    """
+    size, run = len(hessian), math.gcd(_RUN, block)
+    left = hessian.to(torch.float64, copy=True)
+    left.diagonal().add_(float(left.diagonal().mean()) * 1e-4)
+    blocks, order = list(range(size // block)), list[int]()
+    while blocks:
+        varies = left.diagonal().view(-1, block).mean(1).tolist()
+        chosen = min(blocks, key=varies.__getitem__)
+        blocks.remove(chosen)
+        runs = list(range(chosen * block // run, (chosen + 1) * block // run))
+        while runs:
+            varies = left.diagonal().view(-1, run).mean(1).tolist()
+            first = min(runs, key=varies.__getitem__)
+            runs.remove(first)
+            own = slice(first * run, (first + 1) * run)
+            order += [own.start + place for place in _pivots(left[own, own].clone())]
+            left -= left[:, own] @ torch.linalg.solve(left[own, own], left[own, :])
+    return torch.tensor(order[::-1], device=hessian.device)
+
+
+def _pivots(left: Tensor) -> list[int]:
+    """Places of the smallest pivots of a positive matrix [n, n], one elimination after another; `left` is used up."""
+    places: list[int] = []
+    for _ in range(len(left)):
+        diagonal = left.diagonal().clone()
+        diagonal[places] = torch.inf
+        place = int(diagonal.argmin())
+        places.append(place)
+        left -= left[:, place, None] * left[None, place] / left[place, place].clone()
+    return places
 
 
 def normal_equations(stats: LayerStats, damping: float, order: str, block: int = _RUN) -> Normal:

@@ -18,13 +18,19 @@ class Settings:
     damping:    α in λ = α · mean(diag H).
     shrinkage:  β in G_β = H + β(G − H); 1 trusts the measured mismatch of the streams fully, 0 is GPTQ.
     magr:       MagR's α, in units of each row's root mean square; 0 leaves the weights. Done before the rounder.
-    order:      natural, descending (by diag H), or blocks: heavy blocks first, and in them heavy columns.
+    order:      natural, descending (by diag H), blocks: heavy blocks first, and in them heavy columns, or min_pivot.
+    dither:     seed of stochastic rounding; None rounds to nearest.
+    refine:     rounds of new scales and coordinate descent after the sweep.
+    held_out:   choose damping and shrinkage anew for every group of layers, on tokens held out.
     """
 
     damping: float
     shrinkage: float
     order: str
     magr: float = 0.0
+    dither: int | None = None
+    refine: int = 0
+    held_out: bool = False
 
 
 @dataclass(frozen=True)

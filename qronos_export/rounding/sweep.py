@@ -36,6 +36,7 @@ def sweep(
     anchor: Tensor | None = None,
     first: Tensor | None = None,
     step: int = STEP,
+    dither: int | None = None,
 ) -> tuple[Tensor, Grid, Tensor]:
     """Round `values` [rows, columns] to `fmt`, column by column with feedback.
 
@@ -48,6 +49,7 @@ def sweep(
                  so far, and what belongs to a group alone once more when it reaches the group. The order then has to
                  meet each block as a whole.
     anchor:      A [rows, columns]; None stands for V itself.
+    dither:      a seed: codes are drawn from the two levels around a value, so that their mean is the value.
     first:       [rows], replaces the first column's value when its code is chosen (Qronos' error correction).
 
     Returns codes [rows, columns] and grid in storage order, and A − q [columns, rows] in sweep order.
@@ -60,8 +62,9 @@ def sweep(
     errors = torch.empty_like(work)
     codes: Tensor | None = None
     grids: dict[int, Grid] = {}  # by the storage column at which their block begins
-    current = None if grid is None else _Transposed(grid, 0)
+    current = None if grid is None else ColumnGrid(grid, 0)
     met: set[int] = set()
+    dice = None if dither is None else torch.Generator(work.device).manual_seed(dither)
 
     width = step if grid is not None else math.gcd(step, fmt.block_size)
     for start in range(0, columns, width):
@@ -75,7 +78,7 @@ def sweep(
                 raise ValueError("scales that follow the sweep need an order that meets each block as a whole")
             own = slice(begin, begin + fmt.block_size)
             grids[begin] = fmt.fit(work[block].T, importance[own])
-            current = _Transposed(grids[begin], begin)
+            current = ColumnGrid(grids[begin], begin)
             met = {(storage[start] - begin) // current.grid.group}
         assert current is not None
         for t in range(start, stop):
@@ -86,8 +89,8 @@ def sweep(
                 own = slice(first_column, first_column + current.grid.group)
                 mine = block[own.start - current.begin : own.stop - current.begin]
                 grids[current.begin] = fmt.refit(current.grid, group, work[mine].T, importance[own])
-                current = _Transposed(grids[current.begin], current.begin)
-            code, stored = current.round(first if first is not None and t == 0 else work[t], group)
+                current = ColumnGrid(grids[current.begin], current.begin)
+            code, stored = current.round(first if first is not None and t == 0 else work[t], group, dice)
             if codes is None:
                 codes = torch.empty(columns, rows, dtype=code.dtype, device=code.device)
             codes[storage[t]] = code
@@ -100,7 +103,7 @@ def sweep(
     return codes.T, grid if grid is not None else Grid.joined([grids[begin] for begin in sorted(grids)]), errors
 
 
-class _Transposed:
+class ColumnGrid:
     """A grid whose first column is storage column `begin`, with the scales of all rows side by side in memory."""
 
     def __init__(self, grid: Grid, begin: int) -> None:
@@ -109,9 +112,14 @@ class _Transposed:
         self._inverse = reciprocal(self._scale)
         self._offset = None if grid.offset is None else grid.offset.T.contiguous()
 
-    def round(self, values: Tensor, group: int) -> tuple[Tensor, Tensor]:
-        """Codes and stored values nearest to a column's `values` [rows]."""
+    def round(self, values: Tensor, group: int, dice: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+        """Codes and stored values nearest to a column's `values` [rows], or drawn with `dice`."""
         offset = None if self._offset is None else self._offset[group]
-        code = self.grid.levels.nearest((values if offset is None else values - offset) * self._inverse[group])
+        places = (values if offset is None else values - offset) * self._inverse[group]
+        if dice is None:
+            code = self.grid.levels.nearest(places)
+        else:
+            uniform = torch.rand(places.shape, generator=dice, device=places.device)
+            code = self.grid.levels.dither(places, uniform)
         stored = self.grid.levels.value(code).mul_(self._scale[group])
         return code, stored if offset is None else stored.add_(offset)
