@@ -5,15 +5,17 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Protocol
 
 import torch
 
 from formats import BlockFormat
+from qronos_export.attention import Attention
 from qronos_export.calibration import Group, Matrix
 from qronos_export.plan import Mix
 from qronos_export.report import LayerReport
-from qronos_export.rounding import Rounder, Settings, magr, rtn
+from qronos_export.rounding import Coupled, Rounder, Settings, magr, rtn
 
 if TYPE_CHECKING:
     from qronos_export.artifact.gguf import StoredTensor, Target
@@ -53,9 +55,16 @@ MIN_TOKENS_PER_FEATURE = 1 / 16
 
 
 def round_group(
-    group: Group, plan: Destinations, mix: Mix, rounder: Rounder, settings: Settings, store: Store
+    group: Group,
+    plan: Destinations,
+    mix: Mix,
+    rounder: Rounder,
+    settings: Settings,
+    store: Store,
+    attention: Attention | None = None,
 ) -> Iterator[LayerReport]:
-    """Round every weight of `group` that has a target in `mix`; rows of one format are swept together.
+    """Round every weight of `group` that has a target in `mix`; rows of one format are swept together, but for those
+    that make a head of `attention`.
 
     Afterwards `matrix.quantized` holds the stored values, and `store` the blocks.
     """
@@ -65,7 +74,7 @@ def round_group(
             if fmt := mix.format(target.tensor, matrix.weight.shape[1]):
                 by_format.setdefault(fmt.name, (fmt, []))[1].append((matrix, target))
     for fmt, jobs in by_format.values():
-        yield from _round_rows(jobs, plan, mix, fmt, group.stats, rounder, settings, store)
+        yield from _round_rows(jobs, plan, mix, fmt, group.stats, rounder, settings, store, attention)
 
 
 def _fallback(stats: LayerStats, rounder: Rounder) -> tuple[Rounder, str]:
@@ -83,6 +92,7 @@ def _round_rows(
     rounder: Rounder,
     settings: Settings,
     store: Store,
+    attention: Attention | None,
 ) -> Iterator[LayerReport]:
     started = time.perf_counter()
     device = jobs[0][0].weight.device
@@ -100,6 +110,8 @@ def _round_rows(
         share = share / torch.linalg.vecdot(given @ stats.hessian, given).sum()
         moved = f"MagR moved the outputs by {float(share):.2g} of their power"
     note = "; ".join(filter(None, [note, unscaled, moved]))
+    if attention and rounder is not rtn:
+        settings = replace(settings, coupled=_coupled(jobs, attention, stats))
     rounded = rounder(weight, stats, fmt, settings)
     power = torch.linalg.vecdot(weight @ stats.hessian if stats.tokens else weight, weight)
     values = rounded.weight.dequantize()
@@ -122,8 +134,21 @@ def _round_rows(
             damping=rounded.damping if rounded.damping else None,
             tokens=stats.tokens,
             seconds=seconds * len(target.rows),
-            note="; ".join(filter(None, [note, rounded.note])),
+            note="; ".join(filter(None, [note, rounded.note, attention.note_of(matrix.name) if attention else ""])),
         )
+
+
+def _coupled(jobs: list[tuple[Matrix, Target]], attention: Attention, stats: LayerStats) -> list[Coupled]:
+    """The heads of `attention` by the rows that `jobs` put below each other: of a head, those rows that are there."""
+    found, start = [], 0
+    for matrix, target in jobs:
+        place = torch.full((len(matrix.weight),), -1, device=stats.hessian.device)
+        place[target.rows] = torch.arange(start, start := start + len(target.rows), device=place.device)
+        for head in attention.coupled(matrix.name, stats):
+            here = place[head.rows] >= 0
+            if bool(here.any()):
+                found.append(Coupled(place[head.rows][here], head.hessian[here][:, here]))
+    return found
 
 
 def _tensor_scales(

@@ -36,6 +36,8 @@ class Recipe:
     magr:             MagR's α: how much of the weights' extremes is given up before they are rounded; 0 is none.
     order:            natural, descending (by diag H, scales fixed beforehand), or blocks: blocks with heavy inputs
                       first, in them heavy columns; in natural and blocks the scales follow the diffused weights.
+    attention_aware:  rows of q, k and v one after another, each handing its error to the next rows of its head, weighed
+                      by what attention does with them (BoA); for qronos, gptaq, gptq and ldlq.
     calibration:      a text file, `hf:NAME[:CONFIG[:SPLIT]]`, or `self` for text sampled from the model.
     samples, sequence_length: calibration tokens = samples × sequence_length.
     micro_batch:      sequences run at a time.
@@ -55,6 +57,7 @@ class Recipe:
     shrinkage: float = 0.5
     magr: float = 0.0
     order: str = "blocks"
+    attention_aware: bool = False
     calibration: str = "self"
     samples: int = 128
     sequence_length: int = 512
@@ -79,6 +82,11 @@ class Recipe:
             raise UsageError(f"damping is {self.damping}; expected a number ≥ 0, typically 1e-6 … 1e-1.")
         if not (math.isfinite(self.magr) and self.magr >= 0):
             raise UsageError(f"magr is {self.magr}; expected a number ≥ 0, typically 1e-3 … 1e-1.")
+        if self.attention_aware and self.method in ("gpfq", "rtn"):
+            raise UsageError(
+                f"attention_aware hands on errors as qronos, gptaq and gptq find them; {self.method} has none. Choose "
+                "one of these methods, or leave it out."
+            )
         if not 0 <= self.shrinkage <= 1:
             raise UsageError(f"shrinkage is {self.shrinkage}; expected a number from 0 (GPTQ) to 1 (trust fully).")
 

@@ -8,7 +8,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from formats import BlockFormat, QuantizedWeight
+from formats import BlockFormat, Grid, QuantizedWeight
+from qronos_export.rounding.coupled import diffuse_rows
 from qronos_export.rounding.least_squares import Normal, SingularError, normal_equations
 from qronos_export.rounding.rounded import Rounded, Rounder, Settings
 from qronos_export.rounding.rtn import rtn
@@ -48,14 +49,27 @@ def diffuse(
     settings: Settings,
     first: Tensor | None = None,
 ) -> Rounded:
-    """Sweep `target` [rows, columns]; the loss follows from the bookkeeping Σ e_t² / U_tt², exactly and for free."""
+    """Sweep `target` [rows, columns]; the loss follows from the bookkeeping Σ e_t² / U_tt², exactly and for free.
+    Rows that `settings.coupled` joins are swept one after another, and the loss is computed."""
     importance = normal.hessian.diagonal()
-    # In descending order no block is met as a whole.
-    grid = fmt.fit(target, importance) if settings.order == "descending" else None
-    codes, grid, errors = sweep(
-        target, normal.feedback, fmt, importance=importance, order=normal.order, grid=grid, first=first
-    )
-    loss = torch.einsum("tr,t->r", errors.square_(), normal.upper.diagonal().pow(-2).to(errors.dtype))
-    rows, columns = target.shape
-    packed = QuantizedWeight(fmt, fmt.pack(codes, grid), (rows, columns))
+
+    def swept(target: Tensor, first: Tensor | None) -> tuple[Tensor, Grid, Tensor]:
+        # In descending order no block is met as a whole.
+        grid = fmt.fit(target, importance) if settings.order == "descending" else None
+        return sweep(target, normal.feedback, fmt, importance=importance, order=normal.order, grid=grid, first=first)
+
+    def round_rows(target: Tensor, first: Tensor | None) -> tuple[Tensor, Tensor]:
+        codes, grid, _ = swept(target, first)
+        return fmt.pack(codes, grid), grid.values(codes)
+
+    if settings.coupled:
+        column = 0 if normal.order is None else int(normal.order[0])
+        blocks, values = diffuse_rows(target, first, column, settings.coupled, settings.damping, round_rows)
+        error = target - values
+        loss = torch.linalg.vecdot(error @ normal.hessian + normal.damping * error, error)
+    else:
+        codes, grid, errors = swept(target, first)
+        blocks = fmt.pack(codes, grid)
+        loss = torch.einsum("tr,t->r", errors.square_(), normal.upper.diagonal().pow(-2).to(errors.dtype))
+    packed = QuantizedWeight(fmt, blocks, (target.shape[0], target.shape[1]))
     return Rounded(packed, loss, mismatch, normal.damping, method, normal.note)

@@ -2,29 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from formats import BlockFormat, QuantizedWeight
+from qronos_export.rounding.coupled import Coupled
 from qronos_export.statistics import LayerStats
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What the user may turn; each rounder reads what concerns it.
+    """What the user may turn, and how rows hang together; each rounder reads what concerns it.
 
     damping:    α in λ = α · mean(diag H).
     shrinkage:  β in G_β = H + β(G − H); 1 trusts the measured mismatch of the streams fully, 0 is GPTQ.
     magr:       MagR's α, in units of each row's root mean square; 0 leaves the weights. Done before the rounder.
     order:      natural, descending (by diag H), or blocks: heavy blocks first, and in them heavy columns.
+    coupled:    rows of the weight at hand whose errors meet in a product; those who call a rounder know.
     """
 
     damping: float
     shrinkage: float
     order: str
     magr: float = 0.0
+    coupled: Sequence[Coupled] = ()
 
 
 @dataclass(frozen=True)
