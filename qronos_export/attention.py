@@ -1,7 +1,8 @@
 """What an attention does with the outputs of its q, k and v, for rounding that looks at both sides (BoA, arXiv
 2406.13474; aespa, arXiv 2402.08958): which rows make a head, and A in the cost tr(A ΔW H ΔWᵀ) of their errors.
 
-    q    A = E over pairs (m, n ≤ m) of R_Δᵀ k_n k_nᵀ R_Δ,   Δ = m − n,  k_n the key's projection: (R_m δq)·(R_n k_n)
+    q    A = E over pairs (m, n ≤ m) of R_Δᵀ k_n k_nᵀ R_Δ,   Δ = m − n,  k_n the key's projection: (R_m δq)·(R_n k_n);
+         less what is the same for all keys that a query meets, which softmax does not see: covariance, not moment
     k    A = Σ over the queries of the group, E of R_Δ q_m q_mᵀ R_Δᵀ
     v    A = Σ over the same heads of W_Oᵀ W_O, W_O the columns of `o` that read the head
 
@@ -58,8 +59,14 @@ class Projection:
         if self.linear.bias is None:
             return second
         bias = self.linear.bias[self.rows].detach().float().view(self.heads, self.size, 1)
-        mean = weight @ stats.mean[:, None] + bias
+        mean = self.means(stats)[:, :, None]
         return second + mean @ bias.mT + bias @ (mean - bias).mT
+
+    def means(self, stats: LayerStats) -> Tensor:
+        """E[y] of every head's outputs: float32 [heads, size]."""
+        bias = self.linear.bias
+        mean = self.linear.weight[self.rows].detach().float() @ stats.mean
+        return (mean if bias is None else mean + bias[self.rows].detach().float()).view(self.heads, self.size)
 
 
 @dataclass(frozen=True)
@@ -96,6 +103,13 @@ class Rotation:
         both = self._swapped(right.mT)
         return moment * ((c * pairs).T @ c) + mixed + mixed.mT + both * ((s * pairs).T @ s)
 
+    def common(self, mean: Tensor) -> Tensor:
+        """The mean of zzᵀ over pairs of positions (m, n ≤ m), z the mean of R_Δᵀ `mean` [size] over all n ≤ m."""
+        turned = mean * self.cosine - self._swapped(mean.expand_as(self.cosine)) * self.sine
+        met = torch.arange(1, len(turned) + 1, device=turned.device)[:, None]
+        total = turned.cumsum(0)
+        return (total / met).T @ total / met.sum()
+
     def _swapped(self, states: Tensor) -> Tensor:
         """P of each vector: (−second half, first half, the rest, which s leaves out)."""
         half = self.turned // 2
@@ -130,8 +144,9 @@ class Attention:
 
     def _query(self, stats: LayerStats) -> Iterator[Tensor]:
         assert self.rotation is not None
-        for moment in self.key.moments(stats):
-            yield from [self.rotation.mean(moment, backwards=True)] * (self.query.heads // self.key.heads)
+        for moment, mean in zip(self.key.moments(stats), self.key.means(stats), strict=True):
+            met = self.rotation.mean(moment, backwards=True) - self.rotation.common(mean)
+            yield from [met] * (self.query.heads // self.key.heads)
 
     def _key(self, stats: LayerStats) -> Iterator[Tensor]:
         assert self.rotation is not None

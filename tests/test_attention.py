@@ -138,6 +138,15 @@ def test_rotations_average_over_pairs_of_positions() -> None:
                 between = between.T if backwards else between
                 total, pairs = total + between @ moment @ between.T, pairs + 1
         torch.testing.assert_close(rotation.mean(moment, backwards=backwards), total / pairs, rtol=1e-4, atol=1e-4)
+    mean = torch.randn(size, generator=generator)
+    common = torch.zeros(size, size)
+    for m in range(length):
+        met = torch.stack([matrices[m].T @ matrices[n] @ mean for n in range(m + 1)]).mean(0)
+        common += (m + 1) * met.outer(met)
+    torch.testing.assert_close(rotation.common(mean), common / pairs, rtol=1e-4, atol=1e-4)
+    alike = Rotation.of(None, size, length)
+    torch.testing.assert_close(alike.common(mean), mean.outer(mean))
+    torch.testing.assert_close(alike.mean(moment, backwards=True), moment)
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -191,10 +200,12 @@ def test_heads_are_joined_by_what_attention_does(model: LazyModel) -> None:
         torch.testing.assert_close(value.hessian, expected, rtol=1e-4, atol=1e-5)
         if attention.rotation is None:
             continue
-        queries, keys = attention.query.moments(stats), attention.key.moments(stats)
+        queries, keys, mean = (
+            attention.query.moments(stats), attention.key.moments(stats), attention.key.means(stats)[group]
+        )  # fmt: skip
+        met = attention.rotation.mean(keys[group], backwards=True) - attention.rotation.common(mean)
         for head in mine:
-            found = coupled[head * size].hessian
-            torch.testing.assert_close(found, attention.rotation.mean(keys[group], backwards=True))
+            torch.testing.assert_close(coupled[head * size].hessian, met)
         found = coupled[10_000 + attention.key.start + group * size].hessian
         expected = attention.rotation.mean(queries[mine].sum(0), backwards=False)
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
@@ -209,6 +220,7 @@ def test_moments_are_those_of_the_outputs(model: LazyModel) -> None:
         outputs = projection.of(projection.linear(inputs)).transpose(0, 1).flatten(1, 2)
         expected = outputs.mT @ outputs / outputs.shape[1]
         torch.testing.assert_close(projection.moments(stats), expected, rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(projection.means(stats), outputs.mean(1), rtol=1e-3, atol=1e-4)
 
 
 class Shuffled:
