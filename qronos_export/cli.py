@@ -120,6 +120,9 @@ def quantize(
     order: Annotated[
         str | None, _setting("order", "Columns: natural, descending, min_pivot, or blocks: heavy ones first.")
     ] = None,
+    attention_aware: Annotated[
+        bool | None, _setting("attention_aware", "Round q, k and v by what attention does with their outputs; slower.")
+    ] = None,
     micro_batch: Annotated[int | None, _setting("micro_batch", "Sequences run at a time.")] = None,
     device: Annotated[str | None, _setting("device", "auto, cpu, cuda or cuda:i.")] = None,
     recipe: RecipeOption = None,

@@ -22,6 +22,7 @@ from formats import BlockFormat, FormatError, find_format
 from qronos_export import calibration
 from qronos_export.activations import check_activations
 from qronos_export.artifact.gguf import StoredTensor, Target
+from qronos_export.attention import check_attention
 from qronos_export.calibration import Clock, Decoder
 from qronos_export.checkpoint import Checkpoint, LazyModel, open_checkpoint
 from qronos_export.corpus import calibration_tokens, held_out_tokens
@@ -207,6 +208,8 @@ def _check(recipe: Recipe, model: LazyModel) -> None:
         raise UsageError(
             f"evaluate gives all linear layers one type and leaves the rest float; {idle[0]} is for files."
         )
+    if recipe.attention_aware:
+        check_attention(model.blocks, model.checkpoint.name)
     for weight, width in _columns(model).items():
         try:
             find_format(recipe.formats[0], width).check(width)

@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 
 from formats import BlockFormat
+from qronos_export.attention import Attention
 from qronos_export.calibration import Group, Matrix
 from qronos_export.plan import Mix
 from qronos_export.report import LayerReport
-from qronos_export.rounding import Rounder, Settings, chosen, magr, rtn
+from qronos_export.rounding import Coupled, Rounder, Settings, chosen, magr, rtn
 
 if TYPE_CHECKING:
     from qronos_export.artifact.gguf import StoredTensor, Target
@@ -55,9 +56,16 @@ MIN_TOKENS_PER_FEATURE = 1 / 16
 
 
 def round_group(
-    group: Group, plan: Destinations, mix: Mix, rounder: Rounder, settings: Settings, store: Store
+    group: Group,
+    plan: Destinations,
+    mix: Mix,
+    rounder: Rounder,
+    settings: Settings,
+    store: Store,
+    attention: Attention | None = None,
 ) -> Iterator[LayerReport]:
-    """Round every weight of `group` that has a target in `mix`; rows of one format are swept together.
+    """Round every weight of `group` that has a target in `mix`; rows of one format are swept together, but for those
+    that make a head of `attention`.
 
     Afterwards `matrix.quantized` holds the stored values, and `store` the blocks.
     """
@@ -67,7 +75,7 @@ def round_group(
             if fmt := mix.format(target.tensor, matrix.weight.shape[1]):
                 by_format.setdefault(fmt.name, (fmt, []))[1].append((matrix, target))
     for fmt, jobs in by_format.values():
-        yield from _round_rows(jobs, plan, mix, fmt, group.stats, rounder, settings, store)
+        yield from _round_rows(jobs, plan, mix, fmt, group.stats, rounder, settings, store, attention)
 
 
 def _fallback(stats: LayerStats, rounder: Rounder) -> tuple[Rounder, str]:
@@ -85,6 +93,7 @@ def _round_rows(
     rounder: Rounder,
     settings: Settings,
     store: Store,
+    attention: Attention | None,
 ) -> Iterator[LayerReport]:
     started = time.perf_counter()
     device = jobs[0][0].weight.device
@@ -106,6 +115,8 @@ def _round_rows(
         settings = replace(settings, dither=zlib.crc32(f"{settings.dither} {fmt.name} {jobs[0][0].name}".encode()))
     if settings.held_out and rounder is not rtn:
         settings, picked = chosen(weight, stats, fmt, settings, rounder)
+    if attention and rounder is not rtn:
+        settings = replace(settings, coupled=_coupled(jobs, attention, stats))
     note = "; ".join(filter(None, [note, unscaled, moved, picked]))
     rounded = rounder(weight, stats, fmt, settings)
     power = torch.linalg.vecdot(weight @ stats.hessian if stats.tokens else weight, weight)
@@ -129,8 +140,21 @@ def _round_rows(
             damping=rounded.damping if rounded.damping else None,
             tokens=stats.tokens,
             seconds=seconds * len(target.rows),
-            note="; ".join(filter(None, [note, rounded.note])),
+            note="; ".join(filter(None, [note, rounded.note, attention.note_of(matrix.name) if attention else ""])),
         )
+
+
+def _coupled(jobs: list[tuple[Matrix, Target]], attention: Attention, stats: LayerStats) -> list[Coupled]:
+    """The heads of `attention` by the rows that `jobs` put below each other: of a head, those rows that are there."""
+    found, start = [], 0
+    for matrix, target in jobs:
+        place = torch.full((len(matrix.weight),), -1, device=stats.hessian.device)
+        place[target.rows] = torch.arange(start, start := start + len(target.rows), device=place.device)
+        for head in attention.coupled(matrix.name, stats):
+            here = place[head.rows] >= 0
+            if bool(here.any()):
+                found.append(Coupled(place[head.rows][here], head.hessian[here][:, here]))
+    return found
 
 
 def _tensor_scales(

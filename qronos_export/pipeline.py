@@ -20,6 +20,7 @@ import torch
 from qronos_export import calibration, corpus, report
 from qronos_export.activations import activation, check_activations
 from qronos_export.artifact import gguf
+from qronos_export.attention import check_attention, read_attention
 from qronos_export.calibration import Clock, Group, Matrix, MicroBatch
 from qronos_export.checkpoint import Checkpoint, LazyModel, open_checkpoint
 from qronos_export.errors import OutputError, TransformError, UsageError
@@ -140,6 +141,8 @@ def run(
         mixes = [choose_types(source, name, recipe, llamacpp) for name in paths]  # refuses before anything takes time
         for tensor in dict.fromkeys(tensor for each in mixes for tensor in each.quantized):
             check_activations(recipe.activations, tensor, source.tensors[tensor].columns)
+        if recipe.attention_aware:
+            check_attention(LazyModel(checkpoint).blocks, checkpoint.name)
         names = recipe.transform_names
         if names:
             clock.lap("load")
@@ -436,15 +439,20 @@ def calibrate(
         plan.forget()
         plan.claim(calibration.block_matrices(module, name))
         clock.lap("load")
+        heads = None
+        if recipe.attention_aware:
+            heads = read_attention(module, name, batches[0].x, batches[0].arguments[index])
+            clock.lap("forward")
         stops = calibration.walk(
             module, index, name, batches, lambda weight: bool(plan.targets(weight)), clock, rounded_inputs
         )
         for stream, groups in stops:
             each = outputs[stream]
             for group in groups:
-                layers = list(round_group(group, plan, each.mix, rounder, settings, each.store))
+                layers = list(round_group(group, plan, each.mix, rounder, settings, each.store, heads))
                 clock.lap("rounding")
                 yield from layers
+        del heads
         model.release_block(index)
         give_back()
 

@@ -43,6 +43,8 @@ class Recipe:
     order:            natural, descending (by diag H, scales fixed beforehand), blocks: blocks with heavy inputs
                       first, in them heavy columns, or min_pivot: last what later columns say most about, with blocks
                       kept whole; in all but descending the scales follow the diffused weights.
+    attention_aware:  rows of q, k and v one after another, each handing its error to the next rows of its head, weighed
+                      by what attention does with them (BoA).
     calibration:      a text file, `hf:NAME[:CONFIG[:SPLIT]]`, or `self` for text sampled from the model.
     samples, sequence_length: calibration tokens = samples × sequence_length.
     micro_batch:      sequences run at a time.
@@ -65,6 +67,7 @@ class Recipe:
     stochastic: bool = False
     refine: int = 0
     order: str = "blocks"
+    attention_aware: bool = False
     calibration: str = "self"
     samples: int = 128
     sequence_length: int = 512
@@ -93,7 +96,10 @@ class Recipe:
             raise UsageError(f"held_out is {self.held_out}; expected a share from 0 to 0.5, typically 0.125.")
         if self.refine < 0:
             raise UsageError(f"refine is {self.refine}; expected a number of rounds ≥ 0.")
-        for name, able in (("held_out", ERROR_DIFFUSION), ("refine", ERROR_DIFFUSION), ("stochastic", SWEEPS)):
+        for name, able in (
+            ("held_out", ERROR_DIFFUSION), ("refine", ERROR_DIFFUSION), ("attention_aware", ERROR_DIFFUSION),
+            ("stochastic", SWEEPS),
+        ):  # fmt: skip
             if getattr(self, name) and self.method not in able:
                 raise UsageError(f"{name} is for methods {', '.join(able)}; method is {self.method}.")
         if not 0 <= self.shrinkage <= 1:

@@ -3,7 +3,8 @@
     hessian  H = X̂ᵀX̂ / tokens      cross  G = XᵀX̂ / tokens      [features, features], float32
 
 X are the float model's inputs, X̂ the quantized model's, tokens are rows (Qronos, arXiv 2505.11695). Both are running
-means and do not depend on how tokens were batched. H is symmetric: only its upper panels are computed.
+means, as is that of X̂ itself, and do not depend on how tokens were batched. H is symmetric: only its upper panels are
+computed.
 """
 
 from __future__ import annotations
@@ -23,10 +24,11 @@ class LayerStats:
         self.held: LayerStats | None = None  # of those tokens that were held out
         self._hessian = torch.zeros(features, features, device=device)
         self._cross = torch.zeros(features, features, device=device)
+        self._mean = torch.zeros(features, device=device)
 
     @classmethod
     def of(cls, hessian: Tensor, cross: Tensor, tokens: int) -> LayerStats:
-        """From moments that are known already: float32 [features, features] each."""
+        """From second moments that are known already, float32 [features, features] each, of inputs of mean zero."""
         stats = cls(len(hessian), hessian.device)
         stats.tokens, stats._hessian, stats._cross = tokens, hessian, cross
         return stats
@@ -43,6 +45,7 @@ class LayerStats:
         total = self.tokens + new
         keep, gain = self.tokens / total, 1.0 / total
         x, x_hat = x.to(torch.float32), x_hat.to(torch.float32)
+        self._mean.mul_(keep).add_(x_hat.sum(0), alpha=gain)
         self._cross.addmm_(x.T, x_hat, beta=keep, alpha=gain)
         width = -(-self.features // _PANELS)
         for start in range(0, self.features, width):
@@ -67,3 +70,7 @@ class LayerStats:
     @property
     def cross(self) -> Tensor:
         return self._cross
+
+    @property
+    def mean(self) -> Tensor:
+        return self._mean

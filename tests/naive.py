@@ -70,3 +70,26 @@ def gptaq(weight: Tensor, hessian: Tensor, cross: Tensor, shrinkage: float, near
         drift = torch.linalg.solve(rest, (cross - hessian)[t, t + 1 :])
         target[:, t + 1 :] += error + shrinkage * original[:, t : t + 1] * drift
     return q
+
+
+def kronecker(
+    weight: Tensor,
+    outer: Tensor,
+    hessian: Tensor,
+    nearest: Callable[[Tensor], Tensor],
+    first: Tensor | None = None,
+) -> Tensor:
+    """GPTQ on all of a head's weights as one long row, by the Cholesky factor of the inverse of outer ⊗ hessian.
+
+    first:    [rows], what the first code of each row is chosen by while nothing has been handed to it.
+    """
+    columns = weight.shape[1]
+    upper = torch.linalg.cholesky(torch.linalg.inv(torch.kron(outer, hessian)), upper=True)
+    target, q = weight.flatten().clone(), torch.zeros(weight.numel(), dtype=weight.dtype)
+    for i in range(len(q)):
+        value = target[i]
+        if first is not None and i % columns == 0:
+            value = value - weight[i // columns, 0] + first[i // columns]
+        q[i] = nearest(value)
+        target[i + 1 :] -= (target[i] - q[i]) / upper[i, i] * upper[i, i + 1 :]
+    return q.view_as(weight)

@@ -1,5 +1,6 @@
 """Rounders: a weight, its layer's statistics and a format in; storable blocks out. One file and one line below each."""
 
+from qronos_export.rounding.coupled import Coupled
 from qronos_export.rounding.gpfq import gpfq
 from qronos_export.rounding.gptaq import gptaq
 from qronos_export.rounding.gptq import gptq, ldlq
@@ -20,6 +21,7 @@ ROUNDERS: dict[str, Rounder] = {
 
 __all__ = [
     "ROUNDERS",
+    "Coupled",
     "Rounded",
     "Rounder",
     "Settings",

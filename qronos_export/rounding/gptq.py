@@ -8,7 +8,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from formats import BlockFormat, QuantizedWeight
+from formats import BlockFormat, Grid, QuantizedWeight
+from qronos_export.rounding.coupled import diffuse_rows
 from qronos_export.rounding.least_squares import Normal, SingularError, normal_equations
 from qronos_export.rounding.refine import refined
 from qronos_export.rounding.rounded import Rounded, Rounder, Settings
@@ -56,17 +57,35 @@ def diffuse(
     first: Tensor | None = None,
 ) -> Rounded:
     """Sweep `target` [rows, columns]; the loss follows from the bookkeeping Σ e_t² / U_tt², exactly and for free. Then
-    refine codes and scales, where asked to."""
+    refine codes and scales, where asked to. Rows that `settings.coupled` joins are swept one after another, and the
+    loss is computed."""
     importance = normal.hessian.diagonal()
-    # In descending order no block is met as a whole.
-    grid = fmt.fit(target, importance) if settings.order == "descending" else None
-    codes, grid, errors = sweep(
-        target, normal.feedback, fmt, importance=importance, order=normal.order, grid=grid, first=first,
-        dither=settings.dither,
-    )  # fmt: skip
-    loss = torch.einsum("tr,t->r", errors.square_(), normal.upper.diagonal().pow(-2).to(errors.dtype))
-    if settings.refine:
-        codes, grid, loss = refined(codes, grid, target, normal.damped, fmt, settings.refine)
-    rows, columns = target.shape
-    packed = QuantizedWeight(fmt, fmt.pack(codes, grid), (rows, columns))
+    dither = settings.dither
+
+    def swept(target: Tensor, first: Tensor | None) -> tuple[Tensor, Grid, Tensor]:
+        nonlocal dither
+        # In descending order no block is met as a whole.
+        grid = fmt.fit(target, importance) if settings.order == "descending" else None
+        codes, grid, errors = sweep(
+            target, normal.feedback, fmt, importance=importance, order=normal.order, grid=grid, first=first,
+            dither=dither,
+        )  # fmt: skip
+        dither = None if dither is None else dither + 1
+        if settings.refine:
+            return refined(codes, grid, target, normal.damped, fmt, settings.refine)
+        return codes, grid, torch.einsum("tr,t->r", errors.square_(), normal.upper.diagonal().pow(-2).to(errors.dtype))
+
+    def round_rows(target: Tensor, first: Tensor | None) -> tuple[Tensor, Tensor]:
+        codes, grid, _ = swept(target, first)
+        return fmt.pack(codes, grid), grid.values(codes)
+
+    if settings.coupled:
+        column = 0 if normal.order is None else int(normal.order[0])
+        blocks, values = diffuse_rows(target, first, column, settings.coupled, settings.damping, round_rows)
+        error = target - values
+        loss = torch.linalg.vecdot(error @ normal.hessian + normal.damping * error, error)
+    else:
+        codes, grid, loss = swept(target, first)
+        blocks = fmt.pack(codes, grid)
+    packed = QuantizedWeight(fmt, blocks, (target.shape[0], target.shape[1]))
     return Rounded(packed, loss, mismatch, normal.damping, method, normal.note)

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from formats import BlockFormat, QuantizedWeight
+from qronos_export.rounding.coupled import Coupled
 from qronos_export.statistics import LayerStats
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What the user may turn; each rounder reads what concerns it.
+    """What the user may turn, and how rows hang together; each rounder reads what concerns it.
 
     damping:    α in λ = α · mean(diag H).
     shrinkage:  β in G_β = H + β(G − H); 1 trusts the measured mismatch of the streams fully, 0 is GPTQ.
@@ -22,6 +23,7 @@ class Settings:
     dither:     seed of stochastic rounding; None rounds to nearest.
     refine:     rounds of new scales and coordinate descent after the sweep.
     held_out:   choose damping and shrinkage anew for every group of layers, on tokens held out.
+    coupled:    rows of the weight at hand whose errors meet in a product; those who call a rounder know.
     """
 
     damping: float
@@ -31,6 +33,7 @@ class Settings:
     dither: int | None = None
     refine: int = 0
     held_out: bool = False
+    coupled: Sequence[Coupled] = ()
 
 
 @dataclass(frozen=True)

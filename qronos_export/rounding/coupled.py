@@ -1,0 +1,88 @@
+"""Two-sided error diffusion: rows whose errors meet are rounded one after another (BoA, arXiv 2406.13474).
+
+Outputs of the rows of one attention head meet in a product, so the errors E [size, columns] of these rows cost
+
+    tr(A E H Eᵀ),    A [size, size] what the product weighs the outputs with, H the inputs' Hessian
+
+which in E row by row is the Hessian A ⊗ H. Its inverse has the upper triangular factor U_A ⊗ U_H, UᵀU = A⁻¹ and H⁻¹, so
+GPTQ on all size · columns weights at once sweeps a row with U_H as ever, and then hands to a later row s of the head
+
+    V_s ← V_s − (U_A[r, s] / U_A[r, r]) (V_r − Q_r)
+
+V_r being what the sweep of row r began with: what column u has lost to feedback, its own error e_u included, is
+Σ_t≤u e_t U_H[t, u] / U_H[t, t] = V_r − Q_r. A = I hands on nothing. Whatever A is, the best real weights are those of
+the one-sided problem, so Qronos' projection stays; its first code moves with V.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from qronos_export.rounding.least_squares import normal_equations
+from qronos_export.statistics import LayerStats
+
+RoundRows = Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor]]
+"""Targets [rows, columns] and first values [rows] of some rows -> their blocks [rows, bytes] and values."""
+
+
+@dataclass(frozen=True)
+class Coupled:
+    """Rows of a weight whose errors meet: `rows` int64 [size], and A, `hessian` float32 [size, size], in any unit."""
+
+    rows: Tensor
+    hessian: Tensor
+
+
+def diffuse_rows(
+    target: Tensor, first: Tensor | None, column: int, coupled: Sequence[Coupled], damping: float, round_rows: RoundRows
+) -> tuple[Tensor, Tensor]:
+    """Round `target` [rows, columns], heavy rows of each of `coupled` before its light ones: blocks and values.
+
+    Rows that wait for the same number of others are rounded together, so this takes `size` calls of `round_rows`, and
+    one where every A is diagonal. Raises SingularError for an A that damping does not make positive definite.
+
+    first:    [rows], the values that the first code of each row is chosen by, or None for `target`'s own.
+    column:   where that code is.
+    damping:  α in α · mean(diag A), added to A's diagonal.
+    """
+    turns: list[list[Tensor]] = [[]]
+    feeds: list[list[tuple[Tensor, Tensor, Tensor]]] = [[]]
+    alone = torch.ones(len(target), dtype=torch.bool, device=target.device)
+    for each in coupled:
+        alone[each.rows] = False
+        normal = normal_equations(LayerStats.of(each.hessian, each.hessian, tokens=1), damping, "descending")
+        rows, feedback = each.rows[normal.order], normal.feedback
+        for i, turn in enumerate(_turns(feedback)):
+            if turn == len(turns):
+                turns.append([])
+                feeds.append([])
+            turns[turn].append(rows[i])
+            if turn:
+                feeds[turn].append((rows[i], rows[:i], feedback[:i, i]))
+    turns[0] += alone.nonzero()[:, 0].unbind()
+
+    begun, values, blocks = target.clone(), torch.zeros_like(target), None
+    for members, fed in zip(turns, feeds, strict=True):
+        for row, before, weights in fed:
+            begun[row] -= weights @ (begun[before] - values[before])
+        now = torch.stack(members).sort().values
+        moved = None if first is None else first[now] + (begun[now, column] - target[now, column])
+        part, values[now] = round_rows(begun[now], moved)
+        if blocks is None:
+            blocks = torch.empty(len(target), part.shape[1], dtype=part.dtype, device=part.device)
+        blocks[now] = part
+    assert blocks is not None
+    return blocks, values
+
+
+def _turns(feedback: Tensor) -> list[int]:
+    """For each row, how many rounds come before the one in which all that it is handed is there."""
+    given = (feedback != 0).tolist()
+    turns: list[int] = []
+    for i in range(len(given)):
+        turns.append(max((turns[j] + 1 for j in range(i) if given[j][i]), default=0))
+    return turns
