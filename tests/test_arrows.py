@@ -28,18 +28,20 @@ INSIDE = {  # a module of qronos_export, and what else of qronos_export it may i
     "cli": {"evaluation", "pipeline", "recipe", "report", "llamacpp", "llamacpp_build", "validation", ""},
     "__main__": {"cli"},
     "pipeline": {
-        "activations", "artifact", "calibration", "checkpoint", "corpus", "layers", "llamacpp", "plan", "recipe",
-        "report", "rounding", "transformed", "validation",
+        "activations", "artifact", "calibration", "checkpoint", "corpus", "kv_cache", "layers", "llamacpp", "plan",
+        "recipe", "report", "rounding", "transformed", "validation",
     },
     "evaluation": {
-        "activations", "artifact", "calibration", "checkpoint", "corpus", "pipeline", "plan", "recipe", "suspended",
-        "transformed", "transforms",
+        "activations", "artifact", "calibration", "checkpoint", "corpus", "online", "pipeline", "plan", "recipe",
+        "transformed",
     },
     "layers": {"artifact", "calibration", "plan", "report", "rounding"},
     "plan": {"artifact", "recipe"},
     "calibration": {"suspended"},
     "transforms": {"activations", "rounding", "suspended"},
     "activations": set(),
+    "kv_cache": {"activations", "transforms"},
+    "online": {"checkpoint", "suspended", "transforms"},
     "transformed": {"calibration", "checkpoint", "transforms"},
     "corpus": {"checkpoint"},
     "validation": {"llamacpp"},
@@ -80,6 +82,7 @@ def violations(path: str, source: str) -> list[str]:
                 "cli",
                 "activations",
                 "evaluation",
+                "kv_cache",
             }
         elif top == "qronos_export":
             reachable = LEAVES if own in LEAVES or own == "__init__" else LEAVES | INSIDE.get(own, set()) | {own}
