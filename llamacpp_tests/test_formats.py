@@ -13,6 +13,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from formats import FORMATS, BlockFormat
+from formats.ggml_reference import CACHE, q8_k
 from qronos_export.checkpoint import open_checkpoint
 
 ALL = [fmt for fmt in FORMATS.values() if fmt.ggml_type is not None]
@@ -161,3 +162,35 @@ def test_fit_is_never_worse_than_libggml(fmt: BlockFormat, kind: str, weighted: 
     ours = ((fmt.dequantize(fmt.quantize(weights, importance)) - weights).square() * weighing).sum()
     theirs = ((fmt.dequantize(libggml_quantize(fmt, weights, importance)) - weights).square() * weighing).sum()
     assert ours <= theirs * (CLEARLY.get(fmt.name, 1 + 1e-6) if kind != "four bits already" else 1 + 1e-6) + 1e-9
+
+
+REFERENCE = {"f16": 1, "q4_0": 2, "q4_1": 3, "q5_0": 6, "q5_1": 7, "q8_0": 8, "iq4_nl": 20, "q8_k": 15}  # ggml.h
+
+
+def libggml_rounding(name: str, x: Tensor) -> Tensor:
+    """What ggml's plain quantizer for the type makes of `x`, and its dequantizer of that."""
+    theirs = library().ggml_get_type_traits(REFERENCE[name]).contents
+    data = torch.zeros(x.numel() // theirs.blck_size * theirs.type_size, dtype=torch.uint8)
+    out = torch.empty_like(x)
+    there, back = theirs.from_float_ref, theirs.to_float
+    if name == "q8_k":  # no type of files, so it has no traits
+        signature = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)
+        there = signature(("quantize_row_q8_K_ref", library()))
+        back = signature(("dequantize_row_q8_K", library()))
+    there(x.data_ptr(), data.data_ptr(), x.numel())
+    back(data.data_ptr(), out.data_ptr(), x.numel())
+    return out
+
+
+@pytest.mark.parametrize("name", REFERENCE)
+def test_plain_rules_are_libggmls(name: str) -> None:
+    """Bit for bit: numbers of every size, halves between codes, zeros, one number alone in its block."""
+    generator = torch.Generator().manual_seed(5)
+    x = torch.randn(4096, 256, generator=generator) * torch.logspace(-12, 6, 4096)[:, None]
+    x[:512] = torch.randint(-254, 255, (512, 256), generator=generator) / 2 * 0.125  # whole and half steps
+    x[512:1024] *= torch.rand(512, 256, generator=generator) ** 8
+    x[1024], x[1025], x[1025, 7], x[1026, :200] = 0.0, 0.0, -3.0, 0.0
+    x[1027] = -x[1027].abs()
+    ours = (CACHE | {"q8_k": q8_k})[name](x)
+    assert same_bits(ours + 0.0, libggml_rounding(name, x) + 0.0)  # + 0.0: both zeros
+    assert int((ours != x).sum()) > x.numel() // 2

@@ -2,16 +2,24 @@
 
 import hashlib
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from qronos_export.checkpoint import open_checkpoint
+from qronos_export import pipeline
+from qronos_export.artifact.gguf import GGUFFile, RowIndex
+from qronos_export.calibration import block_matrices
+from qronos_export.checkpoint import LazyModel, open_checkpoint
 from qronos_export.errors import CalibrationError, LlamaCppError, OutputError, UsageError
 from qronos_export.evaluation import Evaluated, evaluate
 from qronos_export.llamacpp import LlamaCpp
-from qronos_export.pipeline import Held
+from qronos_export.pipeline import Held, rounded_cache
+from qronos_export.plan import Plan
+from qronos_export.recipe import Recipe
+from qronos_export.report import Artifact
 from qronos_export.validation import Cache, Gate, Reference, Validation, validate
 from tests.families import make
 
@@ -125,6 +133,79 @@ def test_failures_leave_the_workspace_empty(llamacpp: LlamaCpp, demo_gguf: Path,
     with pytest.raises(LlamaCppError, match=r"broken\.gguf"):
         validate(broken, demo_gguf, english, llamacpp=llamacpp, workspace=workspace, context=64, chunks=2)
     assert list(workspace.iterdir()) == []
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3"])
+@pytest.mark.parametrize("cache", [Cache("q4_0", "f16"), Cache("iq4_nl", "q5_1"), Cache("f16", "q4_0")])
+def test_torch_rounds_keys_and_values_as_llamacpp_does(
+    family: str, cache: Cache, llamacpp: LlamaCpp, english: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not only about as much: the very same rounding moves perplexity the same way, though a code may flip."""
+    shape = {"head_dim": 64, "query_pre_attn_scalar": 64} if family == "gemma3" else {"head_dim": 64}
+    checkpoint = open_checkpoint(str(make(family, tmp_path / "tiny", **shape)))
+    file = llamacpp.convert(checkpoint.folder, tmp_path / "float.gguf", "f32")
+    with Reference(
+        file, english, llamacpp=llamacpp, workspace=tmp_path, context=64, chunks=16, cache=cache
+    ) as reference:
+        theirs = reference.compare(file)
+    plan = Plan(GGUFFile(file), RowIndex(GGUFFile(file), ["blk.0.attn_k.weight"]))
+    model = LazyModel(checkpoint)
+    plan.claim(block_matrices(model.load_block(0), model.block_names[0]))
+    recipe = Recipe(str(checkpoint.folder), "F32", method="rtn", kv_cache={"k": cache.k, "v": cache.v})
+    order = pipeline._key_order(
+        plan.targets(f"{model.block_names[0]}.self_attn.k_proj.weight"), rounded_cache(recipe, model)
+    )
+    assert order is not None and (order.tolist() == list(range(64))) == (family != "llama")
+    monkeypatch.setattr(pipeline, "_key_order", lambda *_: order)  # `evaluate` has no file to ask
+    *_, done = evaluate(recipe.model, recipe, Held(english, 64, 16), device="cpu")
+    assert isinstance(done, Evaluated)
+    ours = done.evaluation
+    assert ours.perplexity is not None
+    moved = math.log(ours.perplexity / ours.perplexity_reference)
+    assert moved == pytest.approx(math.log(theirs.perplexity / theirs.perplexity_reference), abs=4e-3)
+    assert ours.kl_divergence == pytest.approx(theirs.kl_divergence, rel=0.1)
+
+
+def test_a_recipes_cache_is_measured_with(llamacpp: LlamaCpp, english: Path, tmp_path: Path) -> None:
+    """Unless the command line names another; and it changes what is rounded to."""
+    recipe = Recipe(
+        str(make("llama", tmp_path / "tiny", head_dim=64)), "Q4_0", calibration=str(english), samples=8,
+        sequence_length=64, device="cpu", kv_cache={"v": "q4_0"},
+    )  # fmt: skip
+
+    def artifact(name: str, given: dict[str, str], **changes: Any) -> Artifact:
+        held = Held(english, 64, 4, given)
+        *_, done = pipeline.run(replace(recipe, **changes), tmp_path / name, llamacpp=llamacpp, held=held)
+        assert isinstance(done, pipeline.Finished)
+        return done.report.artifacts[0]
+
+    first, second = artifact("first", {}), artifact("second", {"k": "q8_0", "v": "q8_0"})
+    assert first.validation is not None and second.validation is not None
+    assert (first.validation["cache_k"], first.validation["cache_v"]) == ("f16", "q4_0")
+    assert (second.validation["cache_k"], second.validation["cache_v"]) == ("q8_0", "q8_0")
+    assert first.sha256 == second.sha256 != artifact("third", {}, kv_cache={}).sha256
+
+
+def test_torch_rounds_inputs_as_llamacpp_does(llamacpp: LlamaCpp, english: Path, tmp_path: Path) -> None:
+    """The file's divergence is that of its values and of its kernels' rounding; without the latter it is less."""
+    recipe = Recipe(
+        str(make("qwen3", tmp_path / "tiny", tie_word_embeddings=False)), "Q8_0", method="rtn", device="cpu", pure=True,
+        embedding_type="F32", output_type="F32",
+    )  # fmt: skip
+    *_, done = pipeline.run(recipe, tmp_path / "out", llamacpp=llamacpp, held=Held(english, 64, 16))
+    assert isinstance(done, pipeline.Finished)
+    (artifact,) = done.report.artifacts
+    assert artifact.validation is not None
+
+    def kl(activations: str) -> float:
+        simulated = Recipe(recipe.model, "Q8_0", method="rtn", activations=activations)
+        *_, found = evaluate(recipe.model, simulated, Held(english, 64, 16), device="cpu")
+        assert isinstance(found, Evaluated) and found.evaluation.kl_divergence is not None
+        return found.evaluation.kl_divergence
+
+    theirs = artifact.validation["kl_divergence"]
+    assert kl("llama.cpp") == pytest.approx(theirs, rel=0.1)
+    assert kl("none") < 0.8 * theirs
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3", "qwen3_moe"])

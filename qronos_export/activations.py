@@ -2,9 +2,11 @@
 
     int8, int4     a scale and a zero point for each token, min and max on the codes' ends
     mxfp4, mxfp8   blocks of 32 under a power of two by the OCP Microscaling specification's rule; E2M1 and E4M3
-    q8_0, q8_k     eight bits in blocks of 32 and 256: llama.cpp's CPU kernels for plain types and for K types
+    q8_0, q8_k     eight bits in blocks of 32 and 256, by ggml's own rules (formats/ggml_reference.py)
+    llama.cpp      for each matrix what the kernel for its type does: q8_k for types with blocks of 256, q8_0 for
+                   other quantized types, nothing for floats
 
-llama.cpp does the last two whether it is simulated or not; nothing that runs our files does the others.
+llama.cpp's CPU kernels do the last whether it is simulated or not; nothing that runs our files does the first four.
 """
 
 from __future__ import annotations
@@ -14,15 +16,19 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from formats import FORMATS
+from formats import FORMATS, BlockFormat
+from formats.ggml_reference import q8_0, q8_k
 from formats.microscaling import MX
 from qronos_export.errors import UsageError
 
 Activation = Callable[[Tensor], Tensor]
 
 
-def activation(name: str) -> Activation:
-    """Rounds float [..., features] along the last dimension; a KeyError for names that are not in ACTIVATIONS."""
+def activation(name: str, fmt: BlockFormat) -> Activation | None:
+    """What `name` does to the inputs of a matrix in `fmt`: rounds float [..., features] along the last dimension. A
+    KeyError for names that are neither llama.cpp nor in ACTIVATIONS."""
+    if name == "llama.cpp":
+        return None if fmt.is_float else q8_k if fmt.block_size == 256 else q8_0
     return ACTIVATIONS[name]
 
 
@@ -50,10 +56,8 @@ def blocks_of_floats(x: Tensor, fmt: MX) -> Tensor:
 
 
 def eight_bits(x: Tensor, block: int) -> Tensor:
-    """255 even levels around zero for each `block` of neighbours."""
-    blocks = x.unflatten(-1, (-1, block))
-    scale = blocks.abs().amax(-1, keepdim=True).clamp(min=1e-30) / 127
-    return ((blocks / scale).round() * scale).view_as(x)
+    """As llama.cpp does for each `block` of neighbours, 32 or 256."""
+    return q8_k(x) if block == 256 else q8_0(x)
 
 
 def _mx(name: str) -> Activation:
@@ -67,6 +71,6 @@ ACTIVATIONS: dict[str, Activation] = {
     "int4": lambda x: per_token(x, 4),
     "mxfp4": _mx("MXFP4"),
     "mxfp8": _mx("MXFP8_E4M3"),
-    "q8_0": lambda x: eight_bits(x, 32),
-    "q8_k": lambda x: eight_bits(x, 256),
+    "q8_0": q8_0,
+    "q8_k": q8_k,
 }

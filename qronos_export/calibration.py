@@ -15,6 +15,7 @@ import copy
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -38,10 +39,11 @@ class Matrix:
 
 @dataclass
 class Group:
-    """Weights that read the same input, and what is known of that input."""
+    """Weights that read the same input, rounded by the same `activation`, and what is known of that input."""
 
     matrices: list[Matrix]
     stats: LayerStats
+    activation: Activation | None = None
 
 
 @dataclass
@@ -157,14 +159,34 @@ def _shared(new: Any, old: Any) -> Any:
     return new
 
 
+@dataclass(frozen=True)
+class Runtime:
+    """What a quantized stream does as whatever runs the file would.
+
+    activation: (stream, weight, named like a checkpoint parameter) -> what rounds the weight's inputs.
+    prepare:    changes the stream's copy of a block, given with the block's name, before it runs.
+    """
+
+    activation: Callable[[int, str], Activation | None] = lambda stream, weight: None
+    prepare: Callable[[nn.Module, str], None] = lambda block, name: None
+
+
+PLAIN = Runtime()
+
+
 class _Stream:
     """One quantized stream in one block: a copy of the block, and the forwards of all micro-batches, waiting."""
 
     def __init__(
-        self, module: nn.Module, number: int, observed: Callable[[str], bool], activation: Activation | None
+        self, module: nn.Module, name: str, number: int, observed: Callable[[str], bool], runtime: Runtime
     ) -> None:
         self.number = number
         self.module = copy.deepcopy(module)
+        runtime.prepare(self.module, name)
+
+        def activation(part: str, stage: str) -> Activation | None:
+            return _activation(self.module, f"{name}.{part}", part, stage, partial(runtime.activation, number))
+
         self.block = Block(self.module, observed, activation)
         self.forwards: list[Any] = []
 
@@ -180,14 +202,14 @@ def walk(
     batches: list[MicroBatch],
     wanted: Callable[[str], bool],
     clock: Clock,
-    activation: Activation | None = None,
+    runtime: Runtime = PLAIN,
 ) -> Iterator[tuple[int, list[Group]]]:
     """Run decoder block `index` once per stream; at each stop yield, for one quantized stream after another, its number
     and its groups, to be rounded before the next.
 
     name:    the block's, e.g. `model.layers.3`; the matrices' names begin with it.
     wanted:  whether a weight, named like a checkpoint parameter, will be rounded in any stream.
-    activation: rounds what those layers read in the quantized streams.
+    runtime: what the quantized streams do beside reading rounded weights.
     The first of `batches` is counted.
     Yields before that quantized stream uses the weights; afterwards `batches` holds the block's outputs.
     """
@@ -196,7 +218,7 @@ def walk(
         return _wanted(module, f"{name}.{part}", part, wanted)
 
     first, *others = batches
-    streams = [_Stream(module, number, observed, activation) for number in range(len(first.x_hat))]
+    streams = [_Stream(module, name, number, observed, runtime) for number in range(len(first.x_hat))]
     float_block = Block(module, observed)
     try:
         stops, arrivals, output = float_block.observe(first.x, first.arguments[index])
@@ -208,7 +230,7 @@ def walk(
             payloads = [arrivals[number], *(_switched(forward, clock) for forward in forwards)]
             arrivals[number] = None
             for stream in streams:
-                groups = _groups(module, stream.module, name, stop)
+                groups = _groups(module, stream.module, name, stop, partial(runtime.activation, stream.number))
                 for batch, payload, forward in zip(batches, payloads, stream.forwards, strict=True):
                     arrived = _switched(forward, clock)
                     if batch.counted:
@@ -235,12 +257,16 @@ def advance(module: nn.Module, index: int, batches: list[MicroBatch]) -> None:
         batch.x = output[0] if isinstance(output, tuple) else output
 
 
-def head_statistics(decoder: Decoder, batches: list[MicroBatch], stream: int, clock: Clock) -> LayerStats:
-    """Statistics of the output matrix's input: the final norm's outputs in the float stream and a quantized one."""
+def head_statistics(
+    decoder: Decoder, batches: list[MicroBatch], stream: int, clock: Clock, activation: Activation | None
+) -> LayerStats:
+    """Statistics of the output matrix's input: the final norm's outputs in the float stream and a quantized one, there
+    rounded by `activation`."""
     stats = LayerStats(batches[0].x.shape[-1], batches[0].x.device)
     for batch in filter(lambda batch: batch.counted, batches):
         x, x_hat = decoder.leave(batch.tokens, batch.x), decoder.leave(batch.tokens, batch.x_hat[stream])
         clock.lap("forward")
+        x_hat = activation(x_hat) if activation else x_hat
         stats.update(x.flatten(0, 1), x_hat.flatten(0, 1), held=batch.held)
         clock.lap("statistics")
     return stats
@@ -265,6 +291,16 @@ def _wanted(module: nn.Module, full: str, part: str, wanted: Callable[[str], boo
     return any(wanted(f"{full}.{leaf}") for stage in ("up", "down") for leaf, _ in expert_matrices(found, stage))
 
 
+def _activation(
+    module: nn.Module, full: str, part: str, stage: str, activation: Callable[[str], Activation | None]
+) -> Activation | None:
+    """The `activation` of a linear's weight; of all experts' weights of a stage, that of the first that has one."""
+    if stage == "linear":
+        return activation(f"{full}.weight")
+    leaves = (leaf for leaf, _ in expert_matrices(module.get_submodule(part), stage))
+    return next(filter(None, (activation(f"{full}.{leaf}") for leaf in leaves)), None)
+
+
 def _switched(forward: Any, clock: Clock) -> Any:
     clock.lap("statistics")
     result = forward.switch()
@@ -278,25 +314,33 @@ def _weight(module: nn.Module, name: str) -> Tensor:
     return linear.weight.detach()
 
 
-def _groups(module: nn.Module, quantized: nn.Module, name: str, stop: Stop) -> list[Group]:
+def _groups(
+    module: nn.Module,
+    quantized: nn.Module,
+    name: str,
+    stop: Stop,
+    activation: Callable[[str], Activation | None],
+) -> list[Group]:
+    """Linears of one stop are a group where their inputs are rounded alike; of experts each is one."""
     if stop.stage == "linear":
-        matrices = [
-            Matrix(
-                f"{name}.{member}.weight",
-                _weight(module, member),
-                _weight(quantized, member),
-            )
-            for member in stop.members
-        ]
-        return [Group(matrices, LayerStats(matrices[0].weight.shape[1], matrices[0].weight.device))]
+        groups: dict[Activation | None, Group] = {}
+        for member in stop.members:
+            matrix = Matrix(f"{name}.{member}.weight", _weight(module, member), _weight(quantized, member))
+            rounding = activation(matrix.name)
+            if rounding not in groups:
+                stats = LayerStats(matrix.weight.shape[1], matrix.weight.device)
+                groups[rounding] = Group([], stats, rounding)
+            groups[rounding].matrices.append(matrix)
+        return list(groups.values())
     (member,) = stop.members
+    shared = _activation(module, f"{name}.{member}", member, stop.stage, activation)
     experts = zip(
         expert_matrices(module.get_submodule(member), stop.stage),
         expert_matrices(quantized.get_submodule(member), stop.stage),
         strict=True,
     )
     return [
-        Group([Matrix(f"{name}.{member}.{leaf}", weight, copied)], LayerStats(weight.shape[1], weight.device))
+        Group([Matrix(f"{name}.{member}.{leaf}", weight, copied)], LayerStats(weight.shape[1], weight.device), shared)
         for (leaf, weight), (_, copied) in experts
     ]
 
@@ -305,7 +349,8 @@ def _observe(groups: list[Group], stop: Stop, module: nn.Module, x: Any, x_hat: 
     """Add one micro-batch. The quantized stream's routing decides which tokens an expert sees; the float input of
     those same tokens is the other half of each pair."""
     if stop.stage == "linear":
-        groups[0].stats.update(x.flatten(0, -2), x_hat.flatten(0, -2), held=held)
+        for group in groups:
+            group.stats.update(x.flatten(0, -2), _read(group, x_hat.flatten(0, -2)), held=held)
         return
     assert isinstance(x, Routed) and isinstance(x_hat, Routed)
     experts = module.get_submodule(stop.members[0])
@@ -314,10 +359,14 @@ def _observe(groups: list[Group], stop: Stop, module: nn.Module, x: Any, x_hat: 
         if not len(token):
             continue
         if stop.stage == "up":
-            group.stats.update(x.hidden[token], x_hat.hidden[token], held=held)
+            group.stats.update(x.hidden[token], _read(group, x_hat.hidden[token]), held=held)
         else:
             assert x_hat.inner is not None
             clock.lap("statistics")
             inner = expert_inner(experts, expert, x.hidden[token])
             clock.lap("forward")
-            group.stats.update(inner, x_hat.inner[expert], held=held)
+            group.stats.update(inner, _read(group, x_hat.inner[expert]), held=held)
+
+
+def _read(group: Group, x_hat: Tensor) -> Tensor:
+    return group.activation(x_hat) if group.activation else x_hat

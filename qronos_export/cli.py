@@ -61,8 +61,14 @@ TextOption = Annotated[
     typer.Option("--text", help="Held-out text to validate on; otherwise English that Python ships.", metavar="FILE"),
 ]
 
-CacheKOption = Annotated[str, typer.Option("--cache-type-k", help="Type of keys while validating.", metavar="TYPE")]
-CacheVOption = Annotated[str, typer.Option("--cache-type-v", help="Type of values while validating.", metavar="TYPE")]
+CacheKOption = Annotated[
+    str | None,
+    typer.Option("--cache-type-k", help="Type of keys while validating; else the recipe's or f16.", metavar="TYPE"),
+]
+CacheVOption = Annotated[
+    str | None,
+    typer.Option("--cache-type-v", help="Type of values while validating; else as for keys.", metavar="TYPE"),
+]
 
 
 def _version(wanted: bool) -> None:
@@ -130,8 +136,8 @@ def quantize(
     text: TextOption = None,
     context: ContextOption = 512,
     chunks: ChunksOption = 40,
-    cache_type_k: CacheKOption = "f16",
-    cache_type_v: CacheVOption = "f16",
+    cache_type_k: CacheKOption = None,
+    cache_type_v: CacheVOption = None,
     validate: Annotated[bool, typer.Option("--validate/--no-validate", help="Run llama.cpp on the result.")] = True,
     force: Annotated[bool, typer.Option("--force", help="Replace results in DIR.")] = False,
     llamacpp: LlamaCppOption = None,
@@ -145,9 +151,8 @@ def quantize(
 
     from qronos_export.llamacpp import find
     from qronos_export.pipeline import Finished, Held, Stage, Step, run
-    from qronos_export.validation import Cache
 
-    held = Held(text, context, chunks, Cache(cache_type_k, cache_type_v)) if validate else None
+    held = Held(text, context, chunks, _cache(cache_type_k, cache_type_v)) if validate else None
     with _progress() as progress:
         task = progress.add_task("start", total=None, detail="")
 
@@ -175,6 +180,10 @@ def _override(given: str) -> tuple[str, str]:
     return glob, kind
 
 
+def _cache(k: str | None, v: str | None) -> dict[str, str]:
+    return {which: kind for which, kind in (("k", k), ("v", v)) if kind is not None}
+
+
 @app.command()
 def validate(
     file: Annotated[Path, typer.Argument(help="The quantized .gguf.")],
@@ -182,8 +191,8 @@ def validate(
     text: TextOption = None,
     context: ContextOption = 512,
     chunks: ChunksOption = None,
-    cache_type_k: CacheKOption = "f16",
-    cache_type_v: CacheVOption = "f16",
+    cache_type_k: CacheKOption = None,
+    cache_type_v: CacheVOption = None,
     max_kld: Annotated[float | None, typer.Option(help="Fail above this KL divergence, in nats.")] = None,
     max_ppl_increase: Annotated[
         float | None, typer.Option(help="Fail above this rise of perplexity, in percent.")
@@ -194,10 +203,10 @@ def validate(
     """Perplexity and KL divergence of FILE against its float model, in llama.cpp. Exits 1 when a limit is missed."""
     from qronos_export.llamacpp import find
     from qronos_export.pipeline import Held, prove
-    from qronos_export.validation import Cache, Gate
+    from qronos_export.validation import Gate
 
     gate = Gate(max_kld, max_ppl_increase)
-    held = Held(text, context, chunks, Cache(cache_type_k, cache_type_v))
+    held = Held(text, context, chunks, _cache(cache_type_k, cache_type_v))
     result = prove(file, reference, held, llamacpp=find(llamacpp))
     failures = gate.check(result)
     if as_json:

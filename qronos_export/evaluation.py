@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from formats import BlockFormat, FormatError, find_format
 from qronos_export import calibration
@@ -24,16 +24,26 @@ from qronos_export.activations import check_activations
 from qronos_export.artifact.gguf import StoredTensor, Target
 from qronos_export.attention import check_attention
 from qronos_export.calibration import Clock, Decoder
-from qronos_export.checkpoint import Checkpoint, LazyModel, open_checkpoint
+from qronos_export.checkpoint import LazyModel, open_checkpoint
 from qronos_export.corpus import calibration_tokens, held_out_tokens
-from qronos_export.errors import TransformError, UsageError
+from qronos_export.errors import UsageError
 from qronos_export.memory import give_back
-from qronos_export.pipeline import Event, Held, Passengers, Stage, Step, calibrate, fold, held_out_file, pick_device
+from qronos_export.online import online_model
+from qronos_export.pipeline import (
+    Event,
+    Held,
+    Passengers,
+    Stage,
+    Step,
+    calibrate,
+    fold,
+    held_out_file,
+    pick_device,
+    rounded_cache,
+)
 from qronos_export.plan import Mix
 from qronos_export.recipe import Recipe
-from qronos_export.suspended import is_experts
 from qronos_export.transformed import PROBE, need_inputs
-from qronos_export.transforms.hadamard import random_rotation
 
 
 @dataclass(frozen=True)
@@ -88,8 +98,7 @@ def evaluate(
             yield Stage("float model")
             yield Evaluated(_of_floats(LazyModel(checkpoint, where), tokens, micro_batch), None)
             return
-        kind = Rotated if recipe.online == "r4" else LazyModel
-        _check(recipe, kind(checkpoint, where))
+        _check(recipe, online_model(recipe.online_names, checkpoint, where))
         drawn = PROBE.to(where)
         if recipe.method != "rtn" or need_inputs(recipe.transform_names):
             yield Stage("calibration text")
@@ -99,7 +108,7 @@ def evaluate(
             ).tokens.to(where)  # fmt: skip
         yield Stage("transforms")
         folded = fold(recipe, checkpoint, drawn, folder)
-        lazy = kind(folded.checkpoint, where)
+        lazy = online_model(recipe.online_names, folded.checkpoint, where)
         plan, output = _everything(lazy, recipe)
         riding = Passengers(tokens)
         notes = list(folded.notes)
@@ -110,42 +119,6 @@ def evaluate(
             yield Step(done, layer)
         yield Stage("scores")
         yield Evaluated(_compare(lazy, riding, held.context), recipe, notes)
-
-
-class Rotated(LazyModel):
-    """QuaRot's online R4 (arXiv 2404.00456): every `down_proj` reads its input times a Hadamard matrix, and has the
-    same in its weight. The function stays; outliers of what it reads are spread before they are rounded."""
-
-    def __init__(self, checkpoint: Checkpoint, device: torch.device | str = "cpu") -> None:
-        super().__init__(checkpoint, device)
-        self._rotations: dict[int, Tensor] = {}
-        found = False
-        for block in self.blocks:
-            if any(is_experts(part) for part in block.modules()):
-                raise TransformError(f"online: r4 does not fit {checkpoint.name}: it has experts.")
-            for linear in _downs(block):
-                linear.register_forward_pre_hook(lambda _, args: (args[0] @ self._rotation(args[0].shape[-1]),))
-                found = True
-        if not found:
-            raise TransformError(
-                f"online r4 does not fit {checkpoint.name}: it has no down_proj that is a linear layer."
-            )
-
-    def load_block(self, index: int) -> nn.Module:
-        block = super().load_block(index)
-        for linear in _downs(block):
-            linear.weight.data = linear.weight @ self._rotation(linear.in_features)
-        return block
-
-    def _rotation(self, size: int) -> Tensor:
-        if size not in self._rotations:
-            rotation = random_rotation(size, torch.Generator().manual_seed(0))
-            self._rotations[size] = rotation.to(self.device, torch.float32)
-        return self._rotations[size]
-
-
-def _downs(block: nn.Module) -> list[nn.Linear]:
-    return [part for name, part in block.named_modules() if name.endswith("down_proj") and isinstance(part, nn.Linear)]
 
 
 class _Everything:
@@ -210,11 +183,16 @@ def _check(recipe: Recipe, model: LazyModel) -> None:
         )
     if recipe.attention_aware:
         check_attention(model.blocks, model.checkpoint.name)
+    if recipe.kv_cache:
+        rounded_cache(recipe, model)
     for weight, width in _columns(model).items():
         try:
-            find_format(recipe.formats[0], width).check(width)
+            fmt = find_format(recipe.formats[0], width)
+            fmt.check(width)
         except FormatError as error:
             raise UsageError(f"{weight}: {error}. evaluate takes a single type; mixes are for files.") from error
+        if recipe.activations == "llama.cpp" and fmt.ggml_type is None:
+            raise UsageError(f"activations: llama.cpp has no kernel for {fmt}, whose inputs it could round; use q8_0.")
         check_activations(recipe.activations, weight, width)
 
 

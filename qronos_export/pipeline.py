@@ -18,12 +18,13 @@ from typing import Protocol
 import torch
 
 from qronos_export import calibration, corpus, report
-from qronos_export.activations import activation, check_activations
+from qronos_export.activations import Activation, activation, check_activations
 from qronos_export.artifact import gguf
 from qronos_export.attention import check_attention, read_attention
 from qronos_export.calibration import Clock, Group, Matrix, MicroBatch
-from qronos_export.checkpoint import Checkpoint, LazyModel, open_checkpoint
+from qronos_export.checkpoint import Checkpoint, LazyModel, head_sizes, open_checkpoint, round_cache
 from qronos_export.errors import OutputError, TransformError, UsageError
+from qronos_export.kv_cache import KVCache
 from qronos_export.layers import Destinations, Store, round_group
 from qronos_export.llamacpp import LlamaCpp
 from qronos_export.memory import give_back, peak_memory
@@ -33,7 +34,7 @@ from qronos_export.report import Artifact, LayerReport, RunReport
 from qronos_export.rounding import ROUNDERS, Settings, blind
 from qronos_export.statistics import LayerStats
 from qronos_export.transformed import PROBE, need_inputs, transformed
-from qronos_export.validation import Cache, Reference, Validation
+from qronos_export.validation import CACHE_TYPES, Cache, Reference, Validation
 
 OUTTYPES = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
 
@@ -66,14 +67,15 @@ Event = Stage | Step | Finished
 @dataclass(frozen=True)
 class Held:
     """Held-out text to validate on: `chunks` chunks of `context` tokens of `text` (None: a text that Python ships), and
-    the types of the file's keys and values meanwhile."""
+    the types of the file's keys and values meanwhile, `k` and `v`, where they are not a recipe's."""
 
     text: Path | None = None
     context: int = 512
     chunks: int | None = 40
-    cache: Cache = field(default_factory=Cache)
+    cache: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        Cache(**self.cache)  # refuses types there are not
         if self.context < 4 or (self.chunks is not None and self.chunks < 1):
             raise UsageError(
                 f"Cannot validate on {self.chunks} --chunks of --context {self.context}: one chunk of 4 is the least."
@@ -99,11 +101,16 @@ def run(
     device = pick_device(recipe.device)
     yield Stage("load")
     check_types(recipe)
-    if recipe.activations not in ("none", "q8_0", "q8_k"):
+    if recipe.activations not in ("none", "llama.cpp", "q8_0", "q8_k"):
         raise UsageError(
             f"activations: {recipe.activations} is for `evaluate` alone: llama.cpp rounds what a matrix reads to eight "
             "bits of its own, q8_0 or q8_k."
         )
+    for which, kind in recipe.kv_cache.items():
+        if kind not in CACHE_TYPES:
+            raise UsageError(
+                f"kv_cache: {{{which}: {kind}}} is for `evaluate` alone: llama.cpp's cache has no such type."
+            )
     if recipe.online != "none":
         raise UsageError(f"online: {recipe.online} is for `evaluate` alone: llama.cpp rotates nothing while it runs.")
     if recipe.method == "rtn" and (recipe.magr or recipe.activations != "none"):
@@ -135,6 +142,8 @@ def run(
             versions=report.versions(llamacpp.version),
             device=str(device),
         )
+        if recipe.kv_cache:
+            rounded_cache(recipe, LazyModel(checkpoint, device))
         original, tokens = checkpoint, None
         reference_file = float_file(original, llamacpp, folder)
         source = gguf.GGUFFile(reference_file)
@@ -211,7 +220,7 @@ def run(
                 workspace=folder,
                 context=held.context,
                 chunks=held.chunks,
-                cache=held.cache,
+                cache=Cache(**{**recipe.kv_cache, **held.cache}),
                 on_chunk=on_progress,
             ) as reference:
                 for each, artifact in zip(outputs, result.artifacts, strict=True):
@@ -369,7 +378,7 @@ def prove(file: Path, reference: str, held: Held, *, llamacpp: LlamaCpp) -> Vali
             workspace=folder,
             context=held.context,
             chunks=held.chunks,
-            cache=held.cache,
+            cache=Cache(**held.cache),
         ) as measured:
             return measured.compare(file)
 
@@ -411,7 +420,7 @@ def calibrate(
         recipe.refine, recipe.held_out > 0,
     )  # fmt: skip
     decoder = calibration.Decoder(model.model.get_decoder(), model.blocks)
-    rounded_inputs = None if recipe.activations == "none" else activation(recipe.activations)
+    runtime = _runtime(model, plan, outputs, recipe)
 
     clock.lap(None)
     _claim_embedding(model, plan)
@@ -444,7 +453,7 @@ def calibrate(
             heads = read_attention(module, name, batches[0].x, batches[0].arguments[index])
             clock.lap("forward")
         stops = calibration.walk(
-            module, index, name, batches, lambda weight: bool(plan.targets(weight)), clock, rounded_inputs
+            module, index, name, batches, lambda weight: bool(plan.targets(weight)), clock, runtime
         )
         for stream, groups in stops:
             each = outputs[stream]
@@ -460,7 +469,7 @@ def calibrate(
         weight = _claim_head(model, plan)
         for stream, each in enumerate(outputs):
             if any(each.mix.format(target.tensor, weight.shape[1]) for target in plan.targets("head")):
-                stats = calibration.head_statistics(decoder, batches, stream, clock)
+                stats = calibration.head_statistics(decoder, batches, stream, clock, runtime.activation(stream, "head"))
                 head = Group([Matrix("head", weight, weight.clone())], stats)
                 yield from round_group(head, plan, each.mix, rounder, settings, each.store)
                 clock.lap("rounding")
@@ -482,6 +491,49 @@ def _hold_out(batches: list[MicroBatch], share: float) -> None:
         )
     for batch in batches[every - 1 :: every]:
         batch.held = True
+
+
+def rounded_cache(recipe: Recipe, model: LazyModel) -> KVCache:
+    """What the recipe's `kv_cache` makes of the model's keys and values. Raises UsageError where it does not fit."""
+    k, v = (recipe.kv_cache.get(which, "f16") for which in ("k", "v"))
+    return KVCache(k, v, head_sizes(model), r3="r3" in recipe.online_names)
+
+
+def _runtime(model: LazyModel, plan: Destinations, outputs: Sequence[Sink], recipe: Recipe) -> calibration.Runtime:
+    """Rounding of inputs, of keys and of values, as the recipe has them."""
+
+    def rounding(stream: int, weight: str) -> Activation | None:
+        """By the type of the weight; where its rows have several, by the first of them."""
+        for target in plan.targets(weight):
+            if fmt := outputs[stream].mix.format(target.tensor, plan.tensor(target).columns):
+                return activation(recipe.activations, fmt)
+        return None
+
+    runtime = calibration.PLAIN if recipe.activations == "none" else calibration.Runtime(rounding)
+    if not recipe.kv_cache:
+        return runtime
+    cache = rounded_cache(recipe, model)
+
+    def prepare(block: torch.nn.Module, name: str) -> None:
+        targets = [target for weight in calibration.block_matrices(block, name) for target in plan.targets(weight)]
+        round_cache(block, cache.keys(_key_order(targets, cache)), cache.values())
+
+    return replace(runtime, prepare=prepare)
+
+
+def _key_order(targets: Sequence[gguf.Target], cache: KVCache) -> torch.Tensor | None:
+    """Numbers of a key in the order in which the file has them, int64 [head size]: upstream's converter permutes those
+    of some architectures for its kernel of RoPE. None where no tensor of keys alone shows one, or heads differ in size.
+    """
+    keys = next((target for target in targets if target.tensor.endswith(".attn_k.weight")), None)
+    if keys is None or len(cache.sizes) > 1:
+        return None
+    (size,) = cache.sizes
+    rows = keys.rows[keys.file_rows.argsort()].unflatten(0, (-1, size))
+    ascending = rows.sort(1).values
+    whole = (ascending == ascending[:, :1] + torch.arange(size)).all(1)  # else rows repeat, and tell nothing
+    heads = rows[whole] - ascending[whole, :1]
+    return heads[0] if len(heads) else None
 
 
 def round_to_nearest(model: LazyModel, plan: Plan, outputs: list[Output], clock: Clock) -> Iterator[LayerReport]:

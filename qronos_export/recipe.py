@@ -14,7 +14,9 @@ METHODS = ("qronos", "gptaq", "gptq", "ldlq", "gpfq", "rtn")
 ERROR_DIFFUSION = ("qronos", "gptaq", "gptq", "ldlq")
 SWEEPS = (*ERROR_DIFFUSION, "gpfq")
 TRANSFORMS = ("hadamard", "hadamard-r2", "smoothquant", "awq", "aqas", "equalize", "permute")
-ACTIVATIONS = ("none", "q8_0", "q8_k", "int8", "int4", "mxfp4", "mxfp8")
+ACTIVATIONS = ("none", "llama.cpp", "q8_0", "q8_k", "int8", "int4", "mxfp4", "mxfp8")
+ONLINE = ("r3", "r4", "quip")
+CACHES = ("f16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl", "int8", "int4")
 ORDERS = ("natural", "descending", "blocks", "min_pivot")
 
 
@@ -29,9 +31,14 @@ class Recipe:
     pure:             one type for all tensors instead of llama.cpp's mix.
     transforms:       done to the weights before, in this order, comma separated: hadamard, hadamard-r2, smoothquant,
                       awq, aqas, equalize, permute; none, or auto: equalize where something is calibrated and it fits.
-    activations:      what the quantized stream rounds the inputs of its matrices to: none, q8_0 or q8_k as llama.cpp's
-                      kernels do, or for `evaluate` alone int8, int4, mxfp4, mxfp8.
-    online:           r4 rotates what `down` reads while the model runs, for `evaluate` alone; or none.
+    activations:      what the quantized stream rounds the inputs of its matrices to: none, llama.cpp (for each matrix
+                      what its CPU kernel for the type does), q8_0 or q8_k for all alike, or for `evaluate` alone int8,
+                      int4, mxfp4, mxfp8.
+    kv_cache:         k and v -> types that the quantized stream keeps keys and values in, and that the file is measured
+                      with: f16, q8_0, q5_1, q5_0, q4_1, q4_0, iq4_nl, or for `evaluate` alone int8, int4. One that is
+                      missing is f16; {} rounds neither.
+    online:           done while the model runs, for `evaluate` alone, comma separated: r3 rotates keys (needs a
+                      kv_cache), r4 what `down` reads, quip inputs and outputs of all linear layers; or none.
     method:           qronos, gptaq, gptq, ldlq (QuIP's name for gptq), gpfq or rtn.
     damping:          α in λ = α · mean(diag H).
     shrinkage:        β in G_β = H + β(G − H): how far the measured mismatch of the two streams is trusted.
@@ -58,6 +65,7 @@ class Recipe:
     pure: bool = False
     transforms: str = "auto"
     activations: str = "none"
+    kv_cache: dict[str, str] = field(default_factory=dict)
     online: str = "none"
     method: str = "qronos"
     damping: float = 3e-2
@@ -83,7 +91,20 @@ class Recipe:
             for name in self.transform_names:
                 _one_of("transforms", name, TRANSFORMS)
         _one_of("activations", self.activations, ACTIVATIONS)
-        _one_of("online", self.online, ("none", "r4"))
+        for name in self.online_names:
+            _one_of("online", name, ONLINE)
+        if len(set(self.online_names)) < len(self.online_names) or {"r4", "quip"} <= set(self.online_names):
+            raise UsageError(
+                f"online is {self.online!r}; expected each once, and r4 or quip: quip has r4's place, too."
+            )
+        for which, kind in self.kv_cache.items():
+            _one_of("kv_cache: a key", which, ("k", "v"))
+            _one_of(f"kv_cache: {which}", kind, CACHES)
+        if "r3" in self.online_names and self.kv_cache.get("k", "f16") == "f16":
+            raise UsageError(
+                "online: r3 rotates keys so that they round better, and nothing rounds them here; add kv_cache: "
+                "{k: int4}, or leave r3 out."
+            )
         _one_of("order", self.order, ORDERS)
         for name in ("samples", "sequence_length", "micro_batch"):
             if getattr(self, name) < 1:
@@ -108,6 +129,10 @@ class Recipe:
     @property
     def formats(self) -> list[str]:
         return [name.strip().upper() for name in self.format.split(",")]
+
+    @property
+    def online_names(self) -> list[str]:
+        return [] if self.online == "none" else [name.strip() for name in self.online.split(",")]
 
     @property
     def transform_names(self) -> list[str]:

@@ -49,10 +49,15 @@ class Stop:
 class Block:
     """A decoder block whose forwards report to whoever switched into them. Owns the replaced forwards."""
 
-    def __init__(self, module: nn.Module, wanted: Callable[[str], bool], activation: Activation | None = None) -> None:
-        """`wanted(name)` says whether the weight of the linear or experts module `name` will be rounded; `activation`
-        rounds what these read."""
-        self._activation = activation or (lambda x: x)
+    def __init__(
+        self,
+        module: nn.Module,
+        wanted: Callable[[str], bool],
+        activation: Callable[[str, str], Activation | None] = lambda name, stage: None,
+    ) -> None:
+        """`wanted(name)` says whether the weight of the linear or experts module `name` will be rounded;
+        `activation(name, stage)` rounds what its weights of that stage read. What is reported is not rounded yet."""
+        self._activation = activation
         self.module = module
         self._leaders: dict[str, Stop] | None = None  # stop by the name of the module that reaches it first
         self._record: Callable[[str, str, Any], None] | None = None
@@ -114,33 +119,37 @@ class Block:
             getcurrent().parent.switch(payload)
 
     def _linear(self, name: str, linear: nn.Linear) -> Callable[[Tensor], Tensor]:
+        activation = self._activation(name, "linear") or _as_it_is
+
         def forward(x: Tensor) -> Tensor:
-            x = self._activation(x)
             self._arrive(name, "linear", x)
-            return F.linear(x, linear.weight, linear.bias)
+            return F.linear(activation(x), linear.weight, linear.bias)
 
         return forward
 
     def _experts(self, name: str, experts: Any) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+        up, down = (self._activation(name, stage) or _as_it_is for stage in ("up", "down"))
+
         def forward(hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
-            hidden = self._activation(hidden)
             self._arrive(name, "up", Routed(hidden, index))
+            routed = Routed(up(hidden), index)
             used = [expert for expert in index.unique().tolist() if expert < experts.down_proj.shape[0]]
-            inner = {
-                expert: self._activation(expert_inner(experts, expert, hidden[Routed(hidden, index).tokens(expert)]))
-                for expert in used
-            }
+            inner = {expert: expert_inner(experts, expert, routed.hidden[routed.tokens(expert)]) for expert in used}
             self._arrive(name, "down", Routed(hidden, index, inner))
             output = torch.zeros_like(hidden)
             for expert in used:
                 token, slot = (index == expert).nonzero(as_tuple=True)
-                part = _project(experts, "down_proj", expert, inner.pop(expert))
+                part = _project(experts, "down_proj", expert, down(inner.pop(expert)))
                 if getattr(experts, "has_post_expert_norm", False):
                     part = experts.post_expert_norm(part)
                 output.index_add_(0, token, (part * weights[token, slot, None]).to(output.dtype))
             return output
 
         return forward
+
+
+def _as_it_is(x: Tensor) -> Tensor:
+    return x
 
 
 def is_experts(module: nn.Module) -> bool:

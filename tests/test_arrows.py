@@ -28,12 +28,12 @@ INSIDE = {  # a module of qronos_export, and what else of qronos_export it may i
     "cli": {"evaluation", "pipeline", "recipe", "report", "llamacpp", "llamacpp_build", "validation", ""},
     "__main__": {"cli"},
     "pipeline": {
-        "activations", "artifact", "attention", "calibration", "checkpoint", "corpus", "layers", "llamacpp", "plan",
-        "recipe", "report", "rounding", "transformed", "validation",
+        "activations", "artifact", "attention", "calibration", "checkpoint", "corpus", "kv_cache", "layers", "llamacpp",
+        "plan", "recipe", "report", "rounding", "transformed", "validation",
     },
     "evaluation": {
-        "activations", "artifact", "attention", "calibration", "checkpoint", "corpus", "pipeline", "plan", "recipe",
-        "suspended", "transformed", "transforms",
+        "activations", "artifact", "attention", "calibration", "checkpoint", "corpus", "online", "pipeline", "plan",
+        "recipe", "transformed",
     },
     "layers": {"artifact", "attention", "calibration", "plan", "report", "rounding"},
     "plan": {"artifact", "recipe"},
@@ -41,6 +41,8 @@ INSIDE = {  # a module of qronos_export, and what else of qronos_export it may i
     "transforms": {"activations", "rounding", "suspended"},
     "activations": set(),
     "attention": {"rounding"},
+    "kv_cache": {"activations", "transforms"},
+    "online": {"checkpoint", "suspended", "transforms"},
     "transformed": {"calibration", "checkpoint", "transforms"},
     "corpus": {"checkpoint"},
     "validation": {"llamacpp"},
@@ -81,6 +83,7 @@ def violations(path: str, source: str) -> list[str]:
                 "cli",
                 "activations",
                 "evaluation",
+                "kv_cache",
             }
         elif top == "qronos_export":
             reachable = LEAVES if own in LEAVES or own == "__init__" else LEAVES | INSIDE.get(own, set()) | {own}

@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from formats.ggml_reference import q4_0, q8_0
 from qronos_export import calibration
-from qronos_export.calibration import Clock, Group
+from qronos_export.calibration import Clock, Group, Runtime
 from qronos_export.checkpoint import LazyModel, open_checkpoint
 from tests.families import FAMILIES, make
 
@@ -27,7 +28,13 @@ def tokens(model: LazyModel, samples: int = 6, length: int = 24) -> Tensor:
     return torch.randint(5, model.embedding.num_embeddings, (samples, length), generator=generator)
 
 
-def walk(model: LazyModel, ids: Tensor, batch: int, embedding: Tensor | None = None) -> Iterator[tuple[Group, list]]:
+def walk(
+    model: LazyModel,
+    ids: Tensor,
+    batch: int,
+    embedding: Tensor | None = None,
+    runtime: Runtime = calibration.PLAIN,
+) -> Iterator[tuple[Group, list]]:
     """Every group of the model, in order, with the micro-batches (whose states are final once this is exhausted)."""
     decoder = calibration.Decoder(model.model.get_decoder(), model.blocks)
     batches = calibration.enter(decoder, ids, batch)
@@ -36,7 +43,7 @@ def walk(model: LazyModel, ids: Tensor, batch: int, embedding: Tensor | None = N
     )
     for index, name in enumerate(model.block_names):
         block = model.load_block(index)
-        for _, groups in calibration.walk(block, index, name, batches, lambda weight: True, Clock()):
+        for _, groups in calibration.walk(block, index, name, batches, lambda weight: True, Clock(), runtime):
             for group in groups:
                 yield group, batches
         model.release_block(index)
@@ -134,6 +141,47 @@ def test_statistics_are_those_of_hooks(model: LazyModel) -> None:
         moment = inputs.T @ inputs / len(inputs)
         torch.testing.assert_close(stats[name].hessian, moment, rtol=1e-3, atol=1e-4)
         torch.testing.assert_close(stats[name].cross, moment, rtol=1e-3, atol=1e-4)
+
+
+def test_each_weight_reads_what_its_own_type_rounds_to(model: LazyModel) -> None:
+    """q coarsely, k as it is, v and the rest finely: the quantized stream is the model with its linears so hooked, the
+    statistics are those of what each read, and the float stream knows nothing of it."""
+
+    def rounding(_: int, weight: str) -> calibration.Activation | None:
+        return q4_0 if "q_proj" in weight else None if "k_proj" in weight else q8_0
+
+    ids, ended = tokens(model), []
+    stats: dict[str, calibration.LayerStats] = {}
+    for group, batches in walk(model, ids, batch=4, runtime=Runtime(rounding)):
+        ended = batches
+        assert {rounding(0, matrix.name) for matrix in group.matrices} == {group.activation}
+        stats |= {matrix.name: group.stats for matrix in group.matrices}
+    x, x_hat = leave(model, ended, None), leave(model, ended, 0)
+    torch.testing.assert_close(x, plain(model, ids), rtol=1e-4, atol=1e-4)
+    assert float((x - x_hat).abs().max()) > 1e-2, "the rounding was meant to be felt"
+    if any(calibration.is_experts(part) for part in model.blocks[0].modules()):
+        name = next(name for name in stats if ".experts.down_proj" in name)
+        assert bool((stats[name].hessian != stats[name].cross).any())
+        return  # a router's choices flip with the last bit
+    seen: dict[str, Tensor] = {}
+
+    def hook(name: str, given: Tensor) -> tuple[Tensor]:
+        act = rounding(0, name)
+        seen[name] = act(given) if act else given
+        return (seen[name],)
+
+    hooks = [
+        module.register_forward_pre_hook(lambda _, inputs, name=name: hook(f"{name}.weight", inputs[0]))
+        for name, module in model.model.named_modules()
+        if isinstance(module, nn.Linear) and "layers" in name
+    ]
+    expected = plain(model, ids)
+    for each in hooks:
+        each.remove()
+    assert float((x_hat - expected).abs().mean()) < 2e-2 * float((x - x_hat).abs().mean())  # some codes flip
+    for name, inputs in seen.items():
+        flat = inputs.flatten(0, -2)
+        torch.testing.assert_close(stats[name].hessian, flat.T @ flat / len(flat), rtol=5e-2, atol=5e-3)
 
 
 def test_batching_does_not_matter(model: LazyModel) -> None:

@@ -84,6 +84,13 @@ def test_debug_shows_the_traceback_wherever_it_stands(arguments: list[str]) -> N
         ({"refine": 1, "method": "rtn"}, "refine is for methods qronos, gptaq, gptq, ldlq; method is rtn"),
         ({"stochastic": True, "method": "rtn"}, "stochastic is for methods qronos"),
         ({"held_out": 0.25, "method": "gpfq"}, "held_out is for methods qronos"),
+        ({"kv_cache": {"k": "q2_k"}}, "kv_cache: k is 'q2_k'; expected one of f16, q8_0"),
+        ({"kv_cache": {"q": "q8_0"}}, "kv_cache: a key is 'q'; expected one of k, v"),
+        ({"kv_cache": "q8_0"}, "kv_cache is 'q8_0'; expected dict"),
+        ({"online": "r3"}, "r3 rotates keys so that they round better, and nothing rounds them here"),
+        ({"online": "r3", "kv_cache": {"v": "q4_0"}}, "nothing rounds them here"),
+        ({"online": "r4,quip"}, "expected each once, and r4 or quip"),
+        ({"online": "r5"}, "online is 'r5'; expected one of r3, r4, quip"),
         ({"overrides": {"blk.*": 4}}, r"overrides is {'blk.\*': 4}; expected dict"),
     ],
 )
@@ -93,7 +100,7 @@ def test_bad_recipes_say_what_is_wrong(options: dict, says: str) -> None:
 
 
 def test_recipes_round_trip_and_options_win(tmp_path: Path) -> None:
-    recipe = Recipe("demo", format="Q8_0", damping=0.5, samples=3)
+    recipe = Recipe("demo", format="Q8_0", damping=0.5, samples=3, kv_cache={"k": "int4"}, online="r3,r4")
     assert recipe_from(json.loads(json.dumps(recipe.to_json())), "json") == recipe
     file = tmp_path / "recipe.yaml"
     file.write_text("model: demo\nformat: Q8_0\ndamping: 1\n")
@@ -129,6 +136,7 @@ def test_settings_of_evaluate_are_yaml() -> None:
     assert plain_value("1e-3") == "1e-3" and plain_value("3") == 3 and plain_value("Q4_0") == "Q4_0"
     found = recipe_from({"model": "demo", "magr": plain_value("1e-3"), "pure": plain_value("true")}, "--set")
     assert (found.magr, found.pure) == (1e-3, True)
+    assert plain_value("{k: q8_0, v: q4_0}") == {"k": "q8_0", "v": "q4_0"}
     with pytest.raises(UsageError, match="cannot be read as the value"):
         plain_value("{")
     refused = CliRunner().invoke(app, ["evaluate", "demo", "--set", "format"])

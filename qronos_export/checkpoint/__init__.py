@@ -4,9 +4,20 @@ This package owns every import of transformers, safetensors and huggingface_hub.
 weights that are already quantized and code that comes with a checkpoint (unless the caller trusts it).
 """
 
+from .attention import head_sizes, round_cache
 from .lazy import LazyModel, load_whole
 from .source import Checkpoint, open_checkpoint
 from .tokens import opening_token, tokenizer
 from .writer import CheckpointWriter
 
-__all__ = ["Checkpoint", "CheckpointWriter", "LazyModel", "load_whole", "open_checkpoint", "opening_token", "tokenizer"]
+__all__ = [
+    "Checkpoint",
+    "CheckpointWriter",
+    "LazyModel",
+    "head_sizes",
+    "load_whole",
+    "open_checkpoint",
+    "opening_token",
+    "round_cache",
+    "tokenizer",
+]
