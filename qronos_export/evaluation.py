@@ -87,7 +87,7 @@ def evaluate(
             yield Stage("float model")
             yield Evaluated(_of_floats(LazyModel(checkpoint, where), tokens, micro_batch), None)
             return
-        kind = Rotated if recipe.online == "r4" else LazyModel
+        kind = running(recipe)
         _check(recipe, kind(checkpoint, where))
         drawn = PROBE.to(where)
         if recipe.method != "rtn" or need_inputs(recipe.transform_names):
@@ -97,7 +97,7 @@ def evaluate(
                 seed=recipe.seed, device=where, on_progress=on_progress,
             ).tokens.to(where)  # fmt: skip
         yield Stage("transforms")
-        folded = fold(recipe, checkpoint, drawn, folder)
+        folded = fold(recipe, checkpoint, drawn, folder, kind=kind, on_progress=on_progress)
         lazy = kind(folded.checkpoint, where)
         plan, output = _everything(lazy, recipe)
         riding = Passengers(tokens)
@@ -141,6 +141,11 @@ class Rotated(LazyModel):
             rotation = random_rotation(size, torch.Generator().manual_seed(0))
             self._rotations[size] = rotation.to(self.device, torch.float32)
         return self._rotations[size]
+
+
+def running(recipe: Recipe) -> type[LazyModel]:
+    """How a model runs under `recipe`: rotating online or not."""
+    return Rotated if recipe.online == "r4" else LazyModel
 
 
 def _downs(block: nn.Module) -> list[nn.Linear]:

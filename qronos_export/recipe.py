@@ -11,7 +11,7 @@ from typing import Any
 from qronos_export.errors import UsageError
 
 METHODS = ("qronos", "gptaq", "gptq", "ldlq", "gpfq", "rtn")
-TRANSFORMS = ("hadamard", "hadamard-r2", "smoothquant", "awq", "aqas", "equalize", "permute")
+TRANSFORMS = ("hadamard", "hadamard-r2", "spinquant", "smoothquant", "awq", "aqas", "equalize", "permute")
 ACTIVATIONS = ("none", "q8_0", "q8_k", "int8", "int4", "mxfp4", "mxfp8")
 ORDERS = ("natural", "descending", "blocks")
 
@@ -25,8 +25,10 @@ class Recipe:
     overrides:        globs of GGUF tensor names -> type; the first that fits counts.
     output_type, embedding_type: type of the output matrix and of the token embedding; None leaves them to llama.cpp.
     pure:             one type for all tensors instead of llama.cpp's mix.
-    transforms:       done to the weights before, in this order, comma separated: hadamard, hadamard-r2, smoothquant,
-                      awq, aqas, equalize, permute; none, or auto: equalize where something is calibrated and it fits.
+    transforms:       done to the weights before, in this order, comma separated: hadamard, hadamard-r2, spinquant,
+                      smoothquant, awq, aqas, equalize, permute; none, or auto: equalize where something is calibrated
+                      and it fits.
+    spin_steps:       how often spinquant moves its rotations.
     activations:      what the quantized stream rounds the inputs of its matrices to: none, q8_0 or q8_k as llama.cpp's
                       kernels do, or for `evaluate` alone int8, int4, mxfp4, mxfp8.
     online:           r4 rotates what `down` reads while the model runs, for `evaluate` alone; or none.
@@ -48,6 +50,7 @@ class Recipe:
     embedding_type: str | None = None
     pure: bool = False
     transforms: str = "auto"
+    spin_steps: int = 100
     activations: str = "none"
     online: str = "none"
     method: str = "qronos"
@@ -72,9 +75,11 @@ class Recipe:
         _one_of("activations", self.activations, ACTIVATIONS)
         _one_of("online", self.online, ("none", "r4"))
         _one_of("order", self.order, ORDERS)
-        for name in ("samples", "sequence_length", "micro_batch"):
+        for name in ("spin_steps", "samples", "sequence_length", "micro_batch"):
             if getattr(self, name) < 1:
                 raise UsageError(f"{name} is {getattr(self, name)}; expected at least 1.")
+        if "spinquant" in self.transform_names and self.sequence_length < 2:
+            raise UsageError("spinquant learns from next tokens; sequences of sequence_length 1 have none.")
         if not (math.isfinite(self.damping) and self.damping >= 0):
             raise UsageError(f"damping is {self.damping}; expected a number ≥ 0, typically 1e-6 … 1e-1.")
         if not (math.isfinite(self.magr) and self.magr >= 0):
