@@ -107,10 +107,11 @@ def quantize(
         str | None,
         _setting(
             "transforms",
-            "Done to the weights before, comma separated: hadamard, hadamard-r2, smoothquant, awq, aqas, equalize, "
-            "permute; or none. auto: equalize, unless the method is rtn.",
+            "Done to the weights before, comma separated: hadamard, hadamard-r2, spinquant, smoothquant, awq, aqas, "
+            "equalize, permute; or none. auto: equalize, unless the method is rtn.",
         ),
     ] = None,
+    spin_steps: Annotated[int | None, _setting("spin_steps", "How often spinquant moves its rotations.")] = None,
     method: Annotated[str | None, _setting("method", "qronos, gptaq, gptq, gpfq or rtn.")] = None,
     calibration: Annotated[
         str | None, _setting("calibration", "Text file, hf:NAME[:CONFIG[:SPLIT]], or self: sampled from the model.")

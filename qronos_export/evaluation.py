@@ -11,6 +11,7 @@ import math
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -98,7 +99,8 @@ def evaluate(
             yield Stage("float model")
             yield Evaluated(_of_floats(LazyModel(checkpoint, where), tokens, micro_batch), None)
             return
-        _check(recipe, online_model(recipe.online_names, checkpoint, where))
+        kind = partial(online_model, recipe.online_names)
+        _check(recipe, kind(checkpoint, where))
         drawn = PROBE.to(where)
         if recipe.method != "rtn" or need_inputs(recipe.transform_names):
             yield Stage("calibration text")
@@ -107,8 +109,8 @@ def evaluate(
                 seed=recipe.seed, device=where, on_progress=on_progress,
             ).tokens.to(where)  # fmt: skip
         yield Stage("transforms")
-        folded = fold(recipe, checkpoint, drawn, folder)
-        lazy = online_model(recipe.online_names, folded.checkpoint, where)
+        folded = fold(recipe, checkpoint, drawn, folder, kind=kind, on_progress=on_progress)
+        lazy = kind(folded.checkpoint, where)
         plan, output = _everything(lazy, recipe)
         riding = Passengers(tokens)
         notes = list(folded.notes)

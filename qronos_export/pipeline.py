@@ -159,7 +159,9 @@ def run(
                 yield Stage("calibration text")
                 tokens = _draw(recipe, original, device, result, clock, on_progress)
             yield Stage("transforms")
-            folded = fold(recipe, original, PROBE.to(device) if tokens is None else tokens, folder)
+            folded = fold(
+                recipe, original, PROBE.to(device) if tokens is None else tokens, folder, on_progress=on_progress
+            )
             checkpoint, names = folded.checkpoint, folded.transforms
             result.notes += folded.notes
             if names:
@@ -241,11 +243,19 @@ class Folded:
     notes: list[str]
 
 
-def fold(recipe: Recipe, checkpoint: Checkpoint, tokens: torch.Tensor, folder: Path) -> Folded:
+def fold(
+    recipe: Recipe,
+    checkpoint: Checkpoint,
+    tokens: torch.Tensor,
+    folder: Path,
+    *,
+    kind: Callable[[Checkpoint, torch.device], LazyModel] = LazyModel,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> Folded:
     """Apply the recipe's transforms, writing below `folder`. What the recipe names has to fit, what `auto` stands for
     may be left out.
 
-    tokens: int64 [samples, length], on the device to compute on.
+    tokens: int64 [samples, length], on the device to compute on. `kind` is how the result will run.
     """
     names = recipe.transform_names
     if not names:
@@ -259,6 +269,10 @@ def fold(recipe: Recipe, checkpoint: Checkpoint, tokens: torch.Tensor, folder: P
             seed=recipe.seed,
             micro_batch=recipe.micro_batch,
             folder=folder / "transformed",
+            activations=recipe.activations,
+            spin_steps=recipe.spin_steps,
+            kind=kind,
+            on_progress=on_progress,
         )
     except TransformError as error:
         if recipe.transforms != "auto":

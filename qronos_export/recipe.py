@@ -13,7 +13,7 @@ from qronos_export.errors import UsageError
 METHODS = ("qronos", "gptaq", "gptq", "ldlq", "gpfq", "rtn")
 ERROR_DIFFUSION = ("qronos", "gptaq", "gptq", "ldlq")
 SWEEPS = (*ERROR_DIFFUSION, "gpfq")
-TRANSFORMS = ("hadamard", "hadamard-r2", "smoothquant", "awq", "aqas", "equalize", "permute")
+TRANSFORMS = ("hadamard", "hadamard-r2", "spinquant", "smoothquant", "awq", "aqas", "equalize", "permute")
 ACTIVATIONS = ("none", "llama.cpp", "q8_0", "q8_k", "int8", "int4", "mxfp4", "mxfp8")
 ONLINE = ("r3", "r4", "quip")
 CACHES = ("f16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl", "int8", "int4")
@@ -29,8 +29,10 @@ class Recipe:
     overrides:        globs of GGUF tensor names -> type; the first that fits counts.
     output_type, embedding_type: type of the output matrix and of the token embedding; None leaves them to llama.cpp.
     pure:             one type for all tensors instead of llama.cpp's mix.
-    transforms:       done to the weights before, in this order, comma separated: hadamard, hadamard-r2, smoothquant,
-                      awq, aqas, equalize, permute; none, or auto: equalize where something is calibrated and it fits.
+    transforms:       done to the weights before, in this order, comma separated: hadamard, hadamard-r2, spinquant,
+                      smoothquant, awq, aqas, equalize, permute; none, or auto: equalize where something is calibrated
+                      and it fits.
+    spin_steps:       how often spinquant moves its rotations.
     activations:      what the quantized stream rounds the inputs of its matrices to: none, llama.cpp (for each matrix
                       what its CPU kernel for the type does), q8_0 or q8_k for all alike, or for `evaluate` alone int8,
                       int4, mxfp4, mxfp8.
@@ -64,6 +66,7 @@ class Recipe:
     embedding_type: str | None = None
     pure: bool = False
     transforms: str = "auto"
+    spin_steps: int = 100
     activations: str = "none"
     kv_cache: dict[str, str] = field(default_factory=dict)
     online: str = "none"
@@ -106,9 +109,13 @@ class Recipe:
                 "{k: int4}, or leave r3 out."
             )
         _one_of("order", self.order, ORDERS)
-        for name in ("samples", "sequence_length", "micro_batch"):
+        for name in ("spin_steps", "samples", "sequence_length", "micro_batch"):
             if getattr(self, name) < 1:
                 raise UsageError(f"{name} is {getattr(self, name)}; expected at least 1.")
+        if "spinquant" in self.transform_names and self.sequence_length < 2:
+            raise UsageError("spinquant learns from next tokens; sequences of sequence_length 1 have none.")
+        if "spinquant" in self.transform_names and "quip" in self.online_names:
+            raise UsageError("online: quip rotates what spinquant has learned to rotate; leave one of them out.")
         if not (math.isfinite(self.damping) and self.damping >= 0):
             raise UsageError(f"damping is {self.damping}; expected a number ≥ 0, typically 1e-6 … 1e-1.")
         if not (math.isfinite(self.magr) and self.magr >= 0):

@@ -6,7 +6,7 @@ After the last one logits of both are compared; whatever misread the architectur
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from qronos_export.calibration import MicroBatch
 from qronos_export.checkpoint import Checkpoint, CheckpointWriter, LazyModel, open_checkpoint
 from qronos_export.errors import TransformError
 from qronos_export.memory import give_back
-from qronos_export.transforms import TRANSFORMS, InputStats, Outside, Transform
+from qronos_export.transforms import TRANSFORMS, Goal, InputStats, Outside, Transform, Whole
 from qronos_export.transforms.anatomy import Anatomy, dissect
 from qronos_export.transforms.scaling import search_format
 
@@ -31,7 +31,7 @@ _SEQUENCES = 16  # of the calibration tokens: a search for a handful of exponent
 
 def need_inputs(names: Iterable[str]) -> bool:
     """Whether one of the transforms looks at calibration tokens."""
-    return any(TRANSFORMS[name]("Q4_0", 0).needs_inputs for name in names)
+    return any(each.needs_inputs or each.learns for each in (TRANSFORMS[name](Goal("Q4_0", 0)) for name in names))
 
 
 def transformed(
@@ -43,11 +43,17 @@ def transformed(
     seed: int,
     micro_batch: int,
     folder: Path,
+    activations: str = "none",
+    spin_steps: int = 100,
+    kind: Callable[[Checkpoint, torch.device], LazyModel] = LazyModel,
+    on_progress: Callable[[int, int], None] | None = None,
 ) -> Checkpoint:
     """`checkpoint` after the transforms `names`, written below `folder`; named like the original.
 
     tokens:  int64 [samples, length] on the device to compute on; some transforms look at the inputs they cause.
     formats: of the artifacts; searches round to the coarsest, which has the most to lose.
+    activations, spin_steps: as in a recipe; `kind` is how the model will run, e.g. with online rotations.
+    on_progress: called with (done, total) while a transform learns.
     Raises TransformError where one does not fit the model, or where the result does not compute the same.
     """
     source = checkpoint
@@ -55,7 +61,11 @@ def transformed(
     for number, name in enumerate(names):
         try:
             target = folder / f"{number}-{name}" / checkpoint.folder.name  # the converter names a model by its folder
-            _apply(TRANSFORMS[name](format, seed + number), source, target, tokens, micro_batch)
+            transform = TRANSFORMS[name](Goal(format, seed + number, activations, spin_steps))
+            if transform.learns:
+                transform.learn(whole(kind(source, tokens.device), tokens), on_progress or (lambda done, total: None))
+                give_back()
+            _apply(transform, source, target, tokens, micro_batch)
         except TransformError as error:
             raise TransformError(f"{name} does not fit {checkpoint.name}: {error}.") from error
         if source is not checkpoint:
@@ -98,6 +108,21 @@ def _apply(transform: Transform, checkpoint: Checkpoint, target: Path, tokens: T
         model.release_block(index)
         give_back()
     writer.close(tied=tied)
+
+
+def whole(model: LazyModel, tokens: Tensor) -> Whole:
+    """All of `model`, loaded. Raises TransformError where it has no output matrix to learn from."""
+    if model.head is None:
+        raise TransformError("it has no output matrix")
+    decoder = calibration.Decoder(model.model.get_decoder(), model.blocks)
+    (probe,) = calibration.enter(decoder, tokens[:1, :_PROBED], 1)
+    blocks = [model.load_block(index) for index in range(len(model.blocks))]
+    anatomies = [dissect(block, probe.x, probe.arguments[index]) for index, block in enumerate(blocks)]
+
+    def leave(tokens: Tensor, hidden: Tensor) -> Tensor:
+        return model.logits(tokens, decoder.leave(tokens, hidden))
+
+    return Whole(blocks, anatomies, tokens, decoder.enter, leave)
 
 
 def _final_norm(decoder: nn.Module, size: int) -> nn.Module:

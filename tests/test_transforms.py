@@ -2,22 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from formats import FORMATS
-from qronos_export.checkpoint import Checkpoint, open_checkpoint
+from qronos_export.calibration import Clock, Decoder
+from qronos_export.checkpoint import Checkpoint, LazyModel, load_whole, open_checkpoint
 from qronos_export.errors import TransformError
+from qronos_export.evaluation import _everything
+from qronos_export.online import Rotated
+from qronos_export.pipeline import Passengers, calibrate
 from qronos_export.recipe import TRANSFORMS as NAMES
+from qronos_export.recipe import Recipe
 from qronos_export.rounding.gptq import gptq
 from qronos_export.rounding.rounded import Settings
 from qronos_export.statistics import LayerStats
-from qronos_export.transformed import logits, transformed
-from qronos_export.transforms import TRANSFORMS, InputStats
+from qronos_export.transformed import logits, transformed, whole
+from qronos_export.transforms import TRANSFORMS, Goal, InputStats
 from qronos_export.transforms.hadamard import hadamard, random_rotation
 from qronos_export.transforms.scaling import AQAS, AWQ, Equalize, conditional_variance
+from qronos_export.transforms.spinquant import Rounded, cayley_step, learned, nearest_rotation
 from tests.families import FAMILIES, make
 
 
@@ -31,10 +41,11 @@ def tokens(checkpoint: Checkpoint, samples: int = 6) -> torch.Tensor:
     return torch.randint(5, 1000, (samples, 48), generator=torch.Generator().manual_seed(0))
 
 
-def apply(checkpoint: Checkpoint, names: list[str], folder: Path, seed: int = 0) -> Checkpoint:
+def apply(checkpoint: Checkpoint, names: list[str], folder: Path, seed: int = 0, **more: Any) -> Checkpoint:
     return transformed(
-        checkpoint, names, tokens=tokens(checkpoint), formats=["Q4_0"], seed=seed, micro_batch=2, folder=folder
-    )
+        checkpoint, names, tokens=tokens(checkpoint), formats=["Q4_0"], seed=seed, micro_batch=2, folder=folder,
+        spin_steps=2, **more,
+    )  # fmt: skip
 
 
 def test_recipes_know_every_transform() -> None:
@@ -45,8 +56,8 @@ def test_recipes_know_every_transform() -> None:
 @pytest.mark.parametrize("name", TRANSFORMS)
 def test_logits_stay(models: dict[str, Checkpoint], family: str, name: str, tmp_path: Path) -> None:
     before = models[family]
-    if (family, name) == ("gemma3", "hadamard"):
-        with pytest.raises(TransformError, match=r"hadamard does not fit gemma3: .* gain on what it adds"):
+    if family == "gemma3" and name in ("hadamard", "spinquant"):
+        with pytest.raises(TransformError, match=rf"{name} does not fit gemma3: .* gain on what it adds"):
             apply(before, [name], tmp_path)
         return
     after = apply(before, [name], tmp_path)
@@ -54,7 +65,8 @@ def test_logits_stay(models: dict[str, Checkpoint], family: str, name: str, tmp_
     expected, found = logits(before, probe), logits(after, probe)
     assert float((found - expected).abs().max() / expected.abs().max()) < 1e-4
     changed = _weights(before).keys() ^ _weights(after).keys()
-    assert changed == ({"lm_head.weight"} if name == "hadamard" and family in ("llama_tied", "qwen3") else set())
+    unties = name in ("hadamard", "spinquant") and family in ("llama_tied", "qwen3")
+    assert changed == ({"lm_head.weight"} if unties else set())
     different = [key for key, value in _weights(before).items() if not torch.allclose(value, _weights(after)[key])]
     blocks = len([key for key in _weights(before) if key.endswith("o_proj.weight")])
     touched = {"permute": 3, "hadamard-r2": 2}.get(name, 4)  # in every block
@@ -69,6 +81,21 @@ def test_transforms_follow_one_another_and_repeat(models: dict[str, Checkpoint],
     assert all(torch.equal(value, _weights(two)[key]) for key, value in _weights(one).items())
     assert not torch.equal(_weights(one)["lm_head.weight"], _weights(other)["lm_head.weight"])
     assert (one.name, one.source) == (models["llama"].name, models["llama"].source)
+
+
+def test_learned_rotations_repeat_with_the_seed(models: dict[str, Checkpoint], tmp_path: Path) -> None:
+    plain, one, two, other = (
+        _weights(apply(models["llama"], [name], tmp_path / place, seed))
+        for name, place, seed in (
+            ("hadamard", "a", 0),
+            ("spinquant", "b", 0),
+            ("spinquant", "c", 0),
+            ("spinquant", "d", 1),
+        )
+    )
+    assert all(torch.equal(value, two[key]) for key, value in one.items())
+    for unlike in (plain, other):
+        assert not torch.allclose(one["lm_head.weight"], unlike["lm_head.weight"], atol=1e-3)
 
 
 def test_a_transform_that_changes_the_model_is_refused(
@@ -181,6 +208,98 @@ def test_equalized_columns_round_better_with_feedback() -> None:
             return float((x @ (stored - weight).T).square().sum())
 
         assert error(s) < bound * error(torch.ones(128))
+
+
+@contextmanager
+def rounding(model: LazyModel, format: str, activations: str = "none", seed: int = 0) -> Iterator[Rounded]:
+    rounded = Rounded(whole(model, tokens(model.checkpoint)), Goal(format, seed, activations))
+    yield rounded
+    rounded.close()
+
+
+def floats(rotations: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    return [rotation.float().requires_grad_() for rotation in rotations]
+
+
+@pytest.mark.parametrize("family", ["llama_tied", "qwen2", "phi3", "mixtral"])
+def test_no_rotation_changes_the_loss_without_rounding(models: dict[str, Checkpoint], family: str) -> None:
+    """Nor does the gradient point anywhere along the rotations: every place where one is used is accounted for."""
+    ids = tokens(models[family], 1)
+    expected = F.cross_entropy(load_whole(models[family])(ids).logits[0, :-1], ids[0, 1:])
+    kind = LazyModel if family == "mixtral" else Rotated
+    steepness = []
+    for format in ("F32", "INT2"):
+        with rounding(kind(models[family]), format) as rounded:
+            leaves = floats(rounded.draw(torch.Generator().manual_seed(0)))
+            assert len(leaves) == 3  # R1, and R2 of both blocks
+            loss = rounded.loss(ids, leaves)
+            assert (abs(float((loss - expected).detach())) < 1e-5 * float(expected)) == (format == "F32")
+            along = [g @ r.detach().T for g, r in zip(torch.autograd.grad(loss, leaves), leaves, strict=True)]
+            steepness.append([float((each - each.T).norm()) for each in along])
+    assert all(flat < 1e-3 * steep for flat, steep in zip(*steepness, strict=True))
+
+
+@pytest.mark.parametrize(("family", "kind"), [("llama", LazyModel), ("llama", Rotated), ("mixtral", LazyModel)])
+def test_what_is_learned_from_is_what_evaluate_rounds(
+    models: dict[str, Checkpoint], family: str, kind: type[LazyModel], tmp_path: Path
+) -> None:
+    """Hadamard's rotations, applied for good and rounded to nearest there, as in the first step of SpinQuant's."""
+    ids, recipe = tokens(models[family], 2), Recipe("tiny", "INT2", activations="int4", method="rtn")
+    lazy = kind(apply(models[family], ["hadamard"], tmp_path))
+    plan, output = _everything(lazy, recipe)
+    riding = Passengers(ids)
+    list(calibrate(lazy, plan, [output], ids, recipe, Clock(), riding))
+    (batch,) = riding.batches
+    said = lazy.logits(ids, Decoder(lazy.model.get_decoder(), lazy.blocks).leave(ids, batch.x_hat[0]))
+    expected = float(F.cross_entropy(said[:, :-1].flatten(0, 1), ids[:, 1:].flatten()))
+    with rounding(kind(models[family]), "INT2", "int4") as rounded:
+        leaves = floats(rounded.draw(torch.Generator().manual_seed(0)))
+        assert float(rounded.loss(ids, leaves).detach()) == pytest.approx(expected, rel=2e-3)
+    for format, activations in (("INT2", "none"), ("INT8", "int4")):
+        with rounding(kind(models[family]), format, activations) as rounded:
+            assert float(rounded.loss(ids, leaves).detach()) != pytest.approx(expected, rel=2e-3)
+
+
+@pytest.mark.parametrize(("family", "format", "activations", "margin"), [
+    ("llama", "INT2", "none", 0.2), ("phi3", "MXFP4", "mxfp4", 0.1), ("mixtral", "INT2", "int4", 0.2),
+])  # fmt: skip
+def test_learning_lowers_the_loss_of_the_rounded_model(
+    models: dict[str, Checkpoint], family: str, format: str, activations: str, margin: float
+) -> None:
+    """On fresh scales before and after; and the rotations stay rotations."""
+    losses, seen = [], []
+    with rounding(LazyModel(models[family]), format, activations) as rounded:
+        generator = torch.Generator().manual_seed(0)
+        begun = rounded.draw(generator)
+        rotations = learned(rounded, begun, 12, generator, lambda done, total: seen.append((done, total)))
+        for each in (begun, rotations):
+            rounded.forget_scales(slice(None))
+            losses.append(float(rounded.loss(rounded.tokens, floats(each)).detach()))
+    before, after = losses
+    assert after < before - margin
+    assert seen == [(step, 12) for step in range(1, 13)]
+    for rotation in rotations:
+        torch.testing.assert_close(rotation @ rotation.T, torch.eye(len(rotation)).double(), rtol=0, atol=1e-12)
+
+
+def test_cayley_steps_go_downhill_among_rotations() -> None:
+    """To first order by rate · ‖Y‖²; a step never moves far; the orthogonal matrix nearest to `target` is the end."""
+    generator = torch.Generator().manual_seed(0)
+    rotation, eye = random_rotation(24, generator), torch.eye(24, dtype=torch.float64)
+    skew = torch.randn(24, 24, generator=generator, dtype=torch.float64) / 8
+    stretch = torch.randn(24, 24, generator=generator, dtype=torch.float64) / 8
+    end = torch.linalg.matrix_exp(skew - skew.T) @ rotation
+    target = end @ (eye + stretch @ stretch.T)
+    assert float((end - rotation).norm()) > 3
+    torch.testing.assert_close(nearest_rotation(target), end)
+    along = -target @ rotation.T  # the gradient of −⟨target, R⟩ is −target
+    steepness = float(((along - along.T) / 2).square().sum())
+    small = cayley_step(rotation, -target, 1e-7) - rotation
+    assert float((target * small).sum()) == pytest.approx(1e-7 * steepness, rel=1e-4)
+    assert float((cayley_step(rotation, -1e6 * target, 1.5) - rotation).norm()) <= 1
+    for _ in range(300):
+        rotation = cayley_step(rotation, -target, 0.5)
+    torch.testing.assert_close(rotation, end)
 
 
 def _weights(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:

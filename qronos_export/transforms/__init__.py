@@ -8,17 +8,19 @@ from collections.abc import Callable
 from qronos_export.transforms.permutation import Permute
 from qronos_export.transforms.rotation import Hadamard, HadamardValues
 from qronos_export.transforms.scaling import AQAS, AWQ, Equalize, SmoothQuant
-from qronos_export.transforms.transform import InputStats, Outside, Transform
+from qronos_export.transforms.spinquant import SpinQuant
+from qronos_export.transforms.transform import Goal, InputStats, Outside, Transform, Whole
 
-TRANSFORMS: dict[str, Callable[[str, int], Transform]] = {
-    "hadamard": lambda format, seed: Hadamard(seed),
-    "hadamard-r2": lambda format, seed: HadamardValues(seed),
-    "smoothquant": lambda format, seed: SmoothQuant(format),
-    "awq": lambda format, seed: AWQ(format),
-    "aqas": lambda format, seed: AQAS(format),
-    "equalize": lambda format, seed: Equalize(format),
-    "permute": lambda format, seed: Permute(),
+TRANSFORMS: dict[str, Callable[[Goal], Transform]] = {
+    "hadamard": lambda goal: Hadamard(goal.seed),
+    "hadamard-r2": lambda goal: HadamardValues(goal.seed),
+    "spinquant": SpinQuant,
+    "smoothquant": lambda goal: SmoothQuant(goal.format),
+    "awq": lambda goal: AWQ(goal.format),
+    "aqas": lambda goal: AQAS(goal.format),
+    "equalize": lambda goal: Equalize(goal.format),
+    "permute": lambda goal: Permute(),
 }
-"""Name -> transform, from the format that weights will be rounded to and a seed."""
+"""Name -> transform, from what it is for."""
 
-__all__ = ["TRANSFORMS", "InputStats", "Outside", "Transform"]
+__all__ = ["TRANSFORMS", "Goal", "InputStats", "Outside", "Transform", "Whole"]

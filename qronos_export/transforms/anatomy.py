@@ -8,8 +8,8 @@ wrong reading would change the logits; `transformed` compares them and refuses.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,7 +21,8 @@ from qronos_export.suspended import expert_matrices, is_experts
 
 @dataclass(frozen=True)
 class Linear:
-    """A matrix of a block as views: `weight` [out, in] and `bias` [out], changed in place."""
+    """A matrix of a block as views: `weight` [out, in] and `bias` [out], changed in place, computing in the other
+    factor's dtype."""
 
     name: str
     weight: Tensor
@@ -33,15 +34,16 @@ class Linear:
 
     def map_inputs(self, matrix: Tensor) -> None:
         """Read x · matrix where x was: W ← W · matrix, [in, in] orthogonal, or [in] for 1 / its diagonal."""
-        wide = self.weight.double()
+        wide = self.weight.to(matrix.dtype, copy=True)
         self.weight.copy_(wide * matrix if matrix.ndim == 1 else wide @ matrix)
 
     def map_outputs(self, matrix: Tensor) -> None:
         """Write y · matrix where y was: W ← matrixᵀ · W, matrix [out, out] or [out] for a diagonal."""
-        wide = self.weight.double()
+        wide = self.weight.to(matrix.dtype, copy=True)
         self.weight.copy_(wide * matrix[:, None] if matrix.ndim == 1 else matrix.T @ wide)
         if self.bias is not None:
-            self.bias.copy_(self.bias.double() * matrix if matrix.ndim == 1 else self.bias.double() @ matrix)
+            bias = self.bias.to(matrix.dtype, copy=True)
+            self.bias.copy_(bias * matrix if matrix.ndim == 1 else bias @ matrix)
 
 
 @dataclass(frozen=True)
@@ -123,6 +125,33 @@ class Anatomy:
     writers: tuple[Linear, ...]
     pairs: tuple[Pair, ...]
     loose: tuple[str, ...]
+
+    def over(self, copies: Sequence[tuple[Tensor, Tensor]]) -> Anatomy:
+        """The same parts in other tensors: what is a view of a parameter here is that view of its copy there. Norms'
+        own weights stay.
+
+        copies: (parameter, its copy), contiguous, for every parameter that has a part.
+        """
+
+        def view(part: Tensor) -> Tensor:
+            for parameter, copied in copies:
+                start, beyond = divmod(part.data_ptr() - parameter.data_ptr(), part.element_size())
+                if not beyond and 0 <= start < parameter.numel():
+                    return copied.as_strided(part.shape, part.stride(), start)
+            raise KeyError("a part that is of none of the parameters")
+
+        def moved(linear: Linear) -> Linear:
+            return Linear(linear.name, view(linear.weight), None if linear.bias is None else view(linear.bias))
+
+        return Anatomy(
+            tuple(replace(norm, readers=tuple(map(moved, norm.readers))) for norm in self.norms),
+            tuple(map(moved, self.writers)),
+            tuple(
+                replace(p, first=moved(p.first), second=moved(p.second), gate=None if p.gate is None else moved(p.gate))
+                for p in self.pairs
+            ),
+            self.loose,
+        )
 
 
 @torch.no_grad()

@@ -7,6 +7,8 @@ the embedding has none, so a tied pair becomes two tensors.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from qronos_export.errors import TransformError
@@ -25,30 +27,16 @@ class Hadamard(Transform):
         self._rotation: torch.Tensor | None = None
 
     def outside(self, outside: Outside) -> None:
-        size = outside.embedding.weight.shape[1]
-        self._rotation = random_rotation(size, self._generator).to(outside.embedding.weight.device)
-        embedding = Linear("embedding", outside.embedding.weight.detach())
-        head = Linear("head", outside.head.weight.detach())
-        norm = Norm("final norm", outside.norm, (head,))
-        _check(norm)
-        embedding.map_inputs(self._rotation)
-        norm.fold()
-        head.map_inputs(self._rotation)
+        self._rotation = self._draw(outside.embedding.weight.shape[1]).to(outside.embedding.weight.device)
+        rotate_outside(outside, self._rotation)
 
     def block(self, anatomy: Anatomy, inputs: Inputs) -> None:
         assert self._rotation is not None
-        if anatomy.loose:
-            raise TransformError(
-                f"{anatomy.loose[0]} puts a gain on what it adds to the residual stream, which a rotation cannot pass"
-            )
-        for norm in anatomy.norms:
-            _check(norm)
-            norm.fold()
-            for reader in norm.readers:
-                reader.map_inputs(self._rotation)
-        for writer in anatomy.writers:
-            writer.map_outputs(self._rotation)
-        rotate_values(anatomy, self._generator)
+        fold_gains(anatomy)
+        rotate_block(anatomy, self._rotation, self._draw)
+
+    def _draw(self, size: int) -> torch.Tensor:
+        return random_rotation(size, self._generator)
 
 
 class HadamardValues(Transform):
@@ -58,19 +46,51 @@ class HadamardValues(Transform):
         self._generator = torch.Generator().manual_seed(seed)
 
     def block(self, anatomy: Anatomy, inputs: Inputs) -> None:
-        rotate_values(anatomy, self._generator)
+        rotate_values(anatomy, lambda size: random_rotation(size, self._generator))
 
 
-def rotate_values(anatomy: Anatomy, generator: torch.Generator) -> None:
+def rotate_outside(outside: Outside, stream: torch.Tensor) -> None:
+    """R1, `stream` [hidden, hidden], on what surrounds the blocks; the final norm's gain moves into the head."""
+    embedding = Linear("embedding", outside.embedding.weight.detach())
+    head = Linear("head", outside.head.weight.detach())
+    norm = Norm("final norm", outside.norm, (head,))
+    _check(norm)
+    embedding.map_inputs(stream)
+    norm.fold()
+    head.map_inputs(stream)
+
+
+def fold_gains(anatomy: Anatomy) -> None:
+    """Move the gains of a block's norms into their readers. Raises TransformError where no rotation can pass."""
+    if anatomy.loose:
+        raise TransformError(
+            f"{anatomy.loose[0]} puts a gain on what it adds to the residual stream, which a rotation cannot pass"
+        )
+    for norm in anatomy.norms:
+        _check(norm)
+        norm.fold()
+
+
+def rotate_block(anatomy: Anatomy, stream: torch.Tensor, values: Callable[[int], torch.Tensor]) -> None:
+    """R1, `stream` [hidden, hidden], on a block whose gains are folded, then R2, `values(head)` [head, head] for each
+    attention in turn."""
+    for norm in anatomy.norms:
+        for reader in norm.readers:
+            reader.map_inputs(stream)
+    for writer in anatomy.writers:
+        writer.map_outputs(stream)
+    rotate_values(anatomy, values)
+
+
+def rotate_values(anatomy: Anatomy, values: Callable[[int], torch.Tensor]) -> None:
     """R2: a rotation of its own for the value heads of every attention."""
     for pair in anatomy.pairs:
         if pair.kind == "value":
-            rotate_heads(pair.first, pair.second, pair.head, generator)
+            rotate_heads(pair.first, pair.second, pair.head, values(pair.head).to(pair.first.weight.device))
 
 
-def rotate_heads(value: Linear, out: Linear, head: int, generator: torch.Generator) -> None:
+def rotate_heads(value: Linear, out: Linear, head: int, rotation: torch.Tensor) -> None:
     """R2: one rotation for every head of `value`, undone by the columns of `out`."""
-    rotation = random_rotation(head, generator).to(value.weight.device)
     for start in range(0, len(value.weight), head):
         value.rows(start, start + head).map_outputs(rotation)
     for start in range(0, out.weight.shape[1], head):
