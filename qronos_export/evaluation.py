@@ -1,15 +1,17 @@
-"""Quality in torch, without a file: perplexity and KL divergence by llama.cpp's protocol, also for grids and for
-activations that no file or no runtime has.
+"""Quality in torch, without a file: perplexity and KL divergence by llama.cpp's protocol, and what zero-shot tasks
+score; also for grids and for activations that no file or no runtime has.
 
 Held-out sequences ride along in the streams of a calibration, so there is one pass and no second copy of the model. All
-linear layers of the blocks get the recipe's type; embedding and head stay float, as in the literature.
+linear layers of the blocks get the recipe's type; embedding and head stay float, as in the literature. Tasks alone
+need the model whole.
 """
 
 from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,17 +22,32 @@ from torch import Tensor, nn
 
 from formats import BlockFormat, FormatError, find_format
 from qronos_export import calibration
-from qronos_export.activations import check_activations
+from qronos_export.activations import activation, check_activations
 from qronos_export.artifact.gguf import StoredTensor, Target
 from qronos_export.calibration import Clock, Decoder
-from qronos_export.checkpoint import Checkpoint, LazyModel, open_checkpoint
+from qronos_export.checkpoint import Checkpoint, LazyModel, load_whole, open_checkpoint, tokenizer
 from qronos_export.corpus import calibration_tokens, held_out_tokens
-from qronos_export.errors import TransformError, UsageError
+from qronos_export.errors import OutputError, TransformError, UsageError
+from qronos_export.layers import Store
 from qronos_export.memory import give_back
-from qronos_export.pipeline import Event, Held, Passengers, Stage, Step, calibrate, fold, held_out_file, pick_device
+from qronos_export.pipeline import (
+    Event,
+    Held,
+    Passengers,
+    Stage,
+    Step,
+    calibrate,
+    check_space,
+    fold,
+    folded_bytes,
+    held_out_file,
+    matched,
+    pick_device,
+)
 from qronos_export.plan import Mix
 from qronos_export.recipe import Recipe
-from qronos_export.suspended import is_experts
+from qronos_export.suspended import Block, is_experts
+from qronos_export.tasks import Scores, Suite
 from qronos_export.transformed import PROBE, need_inputs
 from qronos_export.transforms.hadamard import random_rotation
 
@@ -56,11 +73,14 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Evaluated:
-    """`notes` say what was done otherwise than the recipe has it: a transform left out, a layer rounded to nearest."""
+    """`notes` say what was done otherwise than the recipe has it: a transform left out, a layer rounded to nearest.
+    `scores_reference` and `scores` are the float model's and the recipe's on tasks, None where none were asked for."""
 
     evaluation: Evaluation
     recipe: Recipe | None
     notes: list[str] = field(default_factory=list)
+    scores_reference: Scores | None = None
+    scores: Scores | None = None
 
 
 def evaluate(
@@ -68,27 +88,45 @@ def evaluate(
     recipe: Recipe | None,
     held: Held,
     *,
+    tasks: Sequence[str] = (),
+    tasks_folder: Path | None = None,
     device: str = "auto",
     micro_batch: int = 8,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> Iterator[Event | Evaluated]:
     """Perplexity of `model` on held-out text; with a recipe also its own and the KL divergence. Ends with Evaluated.
 
+    tasks: lm-eval's names, or names in the YAML files of `tasks_folder`; both models are scored on them.
     Raises UsageError for a format of the recipe that is no single type, CalibrationError for texts that are too short,
-    TransformError for what does not fit the model.
+    TransformError for what does not fit the model, TaskError for tasks that cannot be read or run, OutputError for
+    scratch space that is too small.
     """
+    suite, scores_reference, scores = None, None, None
+    if tasks:
+        yield Stage("tasks")
+        suite = Suite(tasks, tasks_folder)
     yield Stage("load")
     where = pick_device(recipe.device if recipe and device == "auto" else device)
     checkpoint = open_checkpoint(model)
-    with tempfile.TemporaryDirectory(prefix="qronos-export-") as scratch:
-        folder = Path(scratch)
+    kind = Rotated if recipe and recipe.online == "r4" else LazyModel
+    if recipe:
+        recipe = matched(recipe, checkpoint)
+        _check(recipe, kind(checkpoint, where))
+    with _scratch() as folder:
+        if recipe:
+            check_space(folder, folded_bytes(recipe, checkpoint))
         tokens = held_out_tokens(held_out_file(held, folder), checkpoint, held.context, held.chunks).to(where)
+        if suite:
+            yield Stage("tasks: float model")
+            scores_reference = suite.scores(
+                load_whole(checkpoint, where), tokenizer(checkpoint), micro_batch=micro_batch, on_progress=on_progress
+            )
+            give_back()
         if recipe is None:
             yield Stage("float model")
-            yield Evaluated(_of_floats(LazyModel(checkpoint, where), tokens, micro_batch), None)
+            measured = _of_floats(LazyModel(checkpoint, where), tokens, micro_batch)
+            yield Evaluated(measured, None, scores_reference=scores_reference)
             return
-        kind = Rotated if recipe.online == "r4" else LazyModel
-        _check(recipe, kind(checkpoint, where))
         drawn = PROBE.to(where)
         if recipe.method != "rtn" or need_inputs(recipe.transform_names):
             yield Stage("calibration text")
@@ -99,7 +137,8 @@ def evaluate(
         yield Stage("transforms")
         folded = fold(recipe, checkpoint, drawn, folder)
         lazy = kind(folded.checkpoint, where)
-        plan, output = _everything(lazy, recipe)
+        whole = Whole(lazy, recipe.activations) if suite else None
+        plan, output = _everything(lazy, recipe, whole or _Nowhere())
         riding = Passengers(tokens)
         notes = list(folded.notes)
         yield Stage("layers", len(output.mix.quantized))
@@ -108,7 +147,23 @@ def evaluate(
                 notes.append(f"{layer.name}: {layer.note}")
             yield Step(done, layer)
         yield Stage("scores")
-        yield Evaluated(_compare(lazy, riding, held.context), recipe, notes)
+        measured = _compare(lazy, riding, held.context)
+        if suite and whole:
+            yield Stage("tasks: recipe")
+            scores = suite.scores(whole.model, tokenizer(checkpoint), micro_batch=micro_batch, on_progress=on_progress)
+        yield Evaluated(measured, recipe, notes, scores_reference, scores)
+
+
+@contextmanager
+def _scratch() -> Iterator[Path]:
+    """A folder that is gone afterwards. Raises OutputError where files cannot be written meanwhile, or read."""
+    try:
+        with tempfile.TemporaryDirectory(prefix="qronos-export-") as folder:
+            yield Path(folder)
+    except OSError as error:
+        raise OutputError(
+            f"A file could not be written or read: {error}. For temporary ones make room, or let TMPDIR say where."
+        ) from error
 
 
 class Rotated(LazyModel):
@@ -122,9 +177,7 @@ class Rotated(LazyModel):
         for block in self.blocks:
             if any(is_experts(part) for part in block.modules()):
                 raise TransformError(f"online: r4 does not fit {checkpoint.name}: it has experts.")
-            for linear in _downs(block):
-                linear.register_forward_pre_hook(lambda _, args: (args[0] @ self._rotation(args[0].shape[-1]),))
-                found = True
+            found |= self.rotate_inputs(block)
         if not found:
             raise TransformError(
                 f"online r4 does not fit {checkpoint.name}: it has no down_proj that is a linear layer."
@@ -135,6 +188,12 @@ class Rotated(LazyModel):
         for linear in _downs(block):
             linear.weight.data = linear.weight @ self._rotation(linear.in_features)
         return block
+
+    def rotate_inputs(self, block: nn.Module) -> bool:
+        """Whether `block`, whose every `down_proj` reads rotated inputs from now on, has one."""
+        for linear in (downs := _downs(block)):
+            linear.register_forward_pre_hook(lambda _, args: (args[0] @ self._rotation(args[0].shape[-1]),))
+        return bool(downs)
 
     def _rotation(self, size: int) -> Tensor:
         if size not in self._rotations:
@@ -184,10 +243,33 @@ class _Nowhere:
         pass
 
 
+class Whole:
+    """What a recipe makes of a model, in one piece: a transformers model whose weights become the stored values that
+    are put here, and that then computes what the quantized stream does, with its rounded activations and rotations.
+    """
+
+    def __init__(self, lazy: LazyModel, activations: str) -> None:
+        self.model = load_whole(lazy.checkpoint, lazy.device)
+        self._weights: dict[str, Tensor] = {}
+        for name in lazy.block_names:
+            block = self.model.get_submodule(name)
+            self._weights |= calibration.block_matrices(block, name)
+            if isinstance(lazy, Rotated):
+                lazy.rotate_inputs(block)
+            if activations != "none":
+                Block(block, lambda _: True, activation(activations))
+
+    def put(
+        self, tensor: StoredTensor, fmt: BlockFormat, file_rows: Tensor, blocks: Tensor, values: Tensor, scales: Tensor
+    ) -> None:
+        weight = self._weights[tensor.name]
+        weight[file_rows.to(weight.device)] = (values * scales[:, None]).to(weight.dtype)
+
+
 @dataclass(frozen=True)
 class _Output:
     mix: Mix
-    store: _Nowhere
+    store: Store
 
 
 def _columns(model: LazyModel) -> dict[str, int]:
@@ -215,10 +297,10 @@ def _check(recipe: Recipe, model: LazyModel) -> None:
         check_activations(recipe.activations, weight, width)
 
 
-def _everything(model: LazyModel, recipe: Recipe) -> tuple[_Everything, _Output]:
+def _everything(model: LazyModel, recipe: Recipe, store: Store) -> tuple[_Everything, _Output]:
     (name,), columns = recipe.formats, _columns(model)
     types = dict.fromkeys(columns, name)
-    return _Everything(set(columns)), _Output(Mix(name, 0, types, list(columns), {}), _Nowhere())
+    return _Everything(set(columns)), _Output(Mix(name, 0, types, list(columns), {}), store)
 
 
 def _of_floats(model: LazyModel, tokens: Tensor, micro_batch: int) -> Evaluation:
