@@ -201,8 +201,12 @@ def test_summary_names_the_file_and_its_size(command, tiny: Path, tmp_path: Path
 def test_a_reports_recipe_given_to_the_command_makes_the_same_bytes(
     command, tiny: Path, tmp_path: Path, english: Path
 ) -> None:
-    assert quantize(command, tiny, tmp_path / "out", english).code == 0
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("What is the colour of the sky when it rains?\n")
+    assert quantize(command, tiny, tmp_path / "out", english, "--match-lengths", prompts).code == 0
+    prompts.unlink()
     report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["recipe"]["sequence_length"] < 64 and report["calibration"]["tokens"] >= 4 * 64
     file = tmp_path / "recipe.yaml"
     file.write_text(yaml.safe_dump(report["recipe"]), encoding="utf-8")
     again = command("quantize", "--recipe", file, "--output", tmp_path / "again", "--no-validate")

@@ -11,6 +11,7 @@ import os
 import sys
 import traceback
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -118,6 +119,13 @@ def quantize(
     ] = None,
     samples: Annotated[int | None, _setting("samples", "Calibration sequences.")] = None,
     sequence_length: Annotated[int | None, _setting("sequence_length", "Tokens a sequence.")] = None,
+    match_lengths: Annotated[
+        str | None,
+        typer.Option(
+            help="Prompts, one a line or .jsonl record: sequences get their median length, samples make up.",
+            metavar="FILE",
+        ),
+    ] = None,
     seed: Annotated[int | None, _setting("seed", "Of the choice or sampling of text.")] = None,
     damping: Annotated[float | None, _setting("damping", "λ as a share of mean(diag H).")] = None,
     shrinkage: Annotated[
@@ -153,7 +161,7 @@ def quantize(
     from qronos_export.llamacpp import find
     from qronos_export.pipeline import Finished, Held, Stage, Step, run
 
-    held = Held(text, context, chunks, _cache(cache_type_k, cache_type_v)) if validate else None
+    held = Held(text, context, chunks, _cache(cache_type_k, cache_type_v))
     with _progress() as progress:
         task = progress.add_task("start", total=None, detail="")
 
@@ -161,7 +169,8 @@ def quantize(
             progress.update(task, completed=done, total=total)
 
         tools = find(llamacpp)
-        for event in run(wanted, output, llamacpp=tools, held=held, force=force, on_progress=on_progress):
+        checked = held if validate else None
+        for event in run(wanted, output, llamacpp=tools, held=checked, force=force, on_progress=on_progress):
             if isinstance(event, Stage):
                 progress.reset(task, total=event.steps, description=event.name, detail="")
             elif isinstance(event, Step):
@@ -233,16 +242,27 @@ def evaluate(
     text: TextOption = None,
     context: ContextOption = 512,
     chunks: ChunksOption = 40,
+    tasks: Annotated[
+        str | None, typer.Option(help="Zero-shot tasks by lm-eval's names, comma separated.", metavar="NAME[,NAME…]")
+    ] = None,
+    tasks_folder: Annotated[
+        Path | None, typer.Option(help="YAML files of lm-eval tasks of your own.", metavar="FOLDER")
+    ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:i.")] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Perplexity of MODEL in torch, by llama.cpp's protocol; with a recipe, what becomes of it, without writing a file.
 
     All linear layers of the blocks get the recipe's type, a key of `formats` or a grid such as INT4_G128; embedding and
-    output matrix stay float.
+    output matrix stay float. --tasks scores both models in lm-eval besides, and takes memory for all of their weights.
     """
     given = dict(_setting_of(each) for each in settings or []) | {"model": model}
     wanted = load_recipe(recipe, **given) if recipe else recipe_from(given, "--set") if settings else None
+    names = [] if tasks is None else [name.strip() for name in tasks.split(",")]
+    if not all(names):
+        raise UsageError(f"--tasks is {tasks!r}; expected names such as hellaswag,arc_easy.")
+    if tasks_folder and not names:
+        raise UsageError("--tasks-folder is given without --tasks; name the tasks in it that are to be run.")
 
     from qronos_export.evaluation import Evaluated
     from qronos_export.evaluation import evaluate as run_evaluation
@@ -254,6 +274,8 @@ def evaluate(
             model,
             wanted,
             Held(text, context, chunks),
+            tasks=names,
+            tasks_folder=tasks_folder,
             device=device,
             on_progress=lambda done, total: progress.update(task, completed=done, total=total),
         ):
@@ -263,9 +285,10 @@ def evaluate(
                 progress.update(task, completed=event.done, detail=event.layer.name if event.layer else "")
             elif isinstance(event, Evaluated):
                 progress.remove_task(task)
-                result, notes = event.evaluation, event.notes
+                done, result, notes = event, event.evaluation, event.notes
     if as_json:
-        typer.echo(json.dumps({**result.to_json(), "notes": notes}, indent=2))
+        scores = {"scores_reference": done.scores_reference, "scores": done.scores}
+        typer.echo(json.dumps({**result.to_json(), "notes": notes, **scores}, indent=2))
         return
     rows = [
         ("perplexity of the model", f"{result.perplexity_reference:.4f} ± {result.perplexity_reference_error:.4f}"),
@@ -277,10 +300,24 @@ def evaluate(
             ("KL divergence", f"{result.kl_divergence:.5f} ± {result.kl_divergence_error:.5f} nats"),
             ("same top token", f"{result.same_top:.2f} %"),
         ]
+    for name, row in (done.scores_reference or {}).items():
+        rows += [(f"{name} {metric}", shown) for metric, shown in _scored(row)]
+        if done.scores:
+            rows += [(f"  {metric} of the recipe", shown) for metric, shown in _scored(done.scores[name])]
     rows += [("note", note) for note in notes[:5]]
     if len(notes) > 5:
         rows.append(("", f"{len(notes) - 5} more notes with --json"))
     _table(*rows)
+
+
+def _scored(row: dict[str, float]) -> Iterator[tuple[str, str]]:
+    """Metrics of a task as they are shown, their standard errors beside them."""
+    for key, value in row.items():
+        metric, _, rule = key.partition(",")
+        if not metric.endswith("_stderr"):
+            error = row.get(f"{metric}_stderr,{rule}")
+            label = metric if rule == "none" else f"{metric} ({rule})"
+            yield label, f"{value:.4f}" + ("" if error is None else f" ± {error:.4f}")
 
 
 def _setting_of(given: str) -> tuple[str, Any]:

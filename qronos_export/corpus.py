@@ -5,10 +5,12 @@ source that is too short is an error.
 """
 
 import hashlib
+import json
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median_low
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -105,7 +107,41 @@ def held_out_text() -> str:
     return "\n\n".join(topics.values())
 
 
-def _from_file(source: str) -> tuple[str, str]:
+def median_length(source: str, checkpoint: Checkpoint) -> int:
+    """Tokens of the median prompt in the file `source`, the lower of two, the opening token counted.
+
+    A prompt is a line of text, or in a .jsonl file a record: all of its strings, joined by newlines. Calibrating on
+    sequences as long as a task's shows its activations (SLAC, arXiv 2311.05161). Raises CalibrationError for a file
+    that cannot be read, or that holds no prompts of two tokens and more.
+    """
+    prompts = _from_file(source, "give a text file or a .jsonl file of prompts")[0].split("\n")
+    if Path(source).suffix == ".jsonl":
+        prompts = [_joined(line, f"{source}, line {n}") for n, line in enumerate(prompts, start=1) if line.strip()]
+    prompts = [prompt for prompt in prompts if prompt.strip()]
+    found = median_low(map(len, tokenizer(checkpoint)(prompts, verbose=False)["input_ids"])) if prompts else 0
+    if found < 2:
+        what = f"prompts with a median of {found} tokens" if prompts else "no prompt"
+        raise CalibrationError(f"{source} holds {what}; put one in each line, of at least two tokens.")
+    return found
+
+
+def _joined(line: str, where: str) -> str:
+    try:
+        return "\n".join(_strings(json.loads(line)))
+    except ValueError as error:
+        raise CalibrationError(f"{where} is not JSON ({error}); put one record in each line.") from error
+
+
+def _strings(value: Any) -> Iterator[str]:
+    """All strings in plain data, not the keys, in its order."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from _strings(part)
+
+
+def _from_file(source: str, advice: str = "give a text file, hf:NAME[:CONFIG[:SPLIT]], or self") -> tuple[str, str]:
     path = Path(source).expanduser()
     try:
         return path.read_bytes().decode("utf-8"), path.name
@@ -115,9 +151,7 @@ def _from_file(source: str) -> tuple[str, str]:
             f"give a plain text file."
         ) from error
     except OSError as error:
-        raise CalibrationError(
-            f"{source} cannot be read ({error.strerror}); give a text file, hf:NAME[:CONFIG[:SPLIT]], or self."
-        ) from error
+        raise CalibrationError(f"{source} cannot be read ({error.strerror}); {advice}.") from error
 
 
 def _windows(text: str, description: str, checkpoint: Checkpoint, samples: int, length: int, seed: int) -> Tensor:

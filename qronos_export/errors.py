@@ -9,6 +9,7 @@
     ├── ArtifactError         the written file is not what was calibrated
     ├── OutputError           the place to write to: occupied, full, read-only
     ├── LlamaCppError         llama.cpp is missing, too old, or a tool of it failed
+    ├── TaskError             a zero-shot task or its data cannot be read or run
     └── GateError             validation ran and the file missed a limit
 
 All but UsageError exit with 1. The command line prints the message; `--debug` adds the traceback.
@@ -50,6 +51,10 @@ class OutputError(QronosError):
 
 
 class LlamaCppError(QronosError):
+    pass
+
+
+class TaskError(QronosError):
     pass
 
 

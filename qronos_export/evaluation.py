@@ -1,15 +1,17 @@
-"""Quality in torch, without a file: perplexity and KL divergence by llama.cpp's protocol, also for grids and for
-activations that no file or no runtime has.
+"""Quality in torch, without a file: perplexity and KL divergence by llama.cpp's protocol, and what zero-shot tasks
+score; also for grids and for activations that no file or no runtime has.
 
 Held-out sequences ride along in the streams of a calibration, so there is one pass and no second copy of the model. All
-linear layers of the blocks get the recipe's type; embedding and head stay float, as in the literature.
+linear layers of the blocks get the recipe's type; embedding and head stay float, as in the literature. Tasks alone
+need the model whole.
 """
 
 from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -21,15 +23,16 @@ from torch import Tensor
 
 from formats import BlockFormat, FormatError, find_format
 from qronos_export import calibration
-from qronos_export.activations import check_activations
+from qronos_export.activations import activation, check_activations
 from qronos_export.artifact.gguf import StoredTensor, Target
 from qronos_export.attention import check_attention
 from qronos_export.calibration import Clock, Decoder
-from qronos_export.checkpoint import LazyModel, open_checkpoint
+from qronos_export.checkpoint import LazyModel, load_whole, open_checkpoint, round_cache, tokenizer
 from qronos_export.corpus import calibration_tokens, held_out_tokens
-from qronos_export.errors import UsageError
+from qronos_export.errors import OutputError, UsageError
+from qronos_export.layers import Store
 from qronos_export.memory import give_back
-from qronos_export.online import online_model
+from qronos_export.online import Online, online_model
 from qronos_export.pipeline import (
     Event,
     Held,
@@ -37,13 +40,18 @@ from qronos_export.pipeline import (
     Stage,
     Step,
     calibrate,
+    check_space,
     fold,
+    folded_bytes,
     held_out_file,
+    matched,
     pick_device,
     rounded_cache,
 )
 from qronos_export.plan import Mix
 from qronos_export.recipe import Recipe
+from qronos_export.suspended import Block
+from qronos_export.tasks import Scores, Suite
 from qronos_export.transformed import PROBE, need_inputs
 
 
@@ -68,11 +76,14 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Evaluated:
-    """`notes` say what was done otherwise than the recipe has it: a transform left out, a layer rounded to nearest."""
+    """`notes` say what was done otherwise than the recipe has it: a transform left out, a layer rounded to nearest.
+    `scores_reference` and `scores` are the float model's and the recipe's on tasks, None where none were asked for."""
 
     evaluation: Evaluation
     recipe: Recipe | None
     notes: list[str] = field(default_factory=list)
+    scores_reference: Scores | None = None
+    scores: Scores | None = None
 
 
 def evaluate(
@@ -80,27 +91,45 @@ def evaluate(
     recipe: Recipe | None,
     held: Held,
     *,
+    tasks: Sequence[str] = (),
+    tasks_folder: Path | None = None,
     device: str = "auto",
     micro_batch: int = 8,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> Iterator[Event | Evaluated]:
     """Perplexity of `model` on held-out text; with a recipe also its own and the KL divergence. Ends with Evaluated.
 
+    tasks: lm-eval's names, or names in the YAML files of `tasks_folder`; both models are scored on them.
     Raises UsageError for a format of the recipe that is no single type, CalibrationError for texts that are too short,
-    TransformError for what does not fit the model.
+    TransformError for what does not fit the model, TaskError for tasks that cannot be read or run, OutputError for
+    scratch space that is too small.
     """
+    suite, scores_reference, scores = None, None, None
+    if tasks:
+        yield Stage("tasks")
+        suite = Suite(tasks, tasks_folder)
     yield Stage("load")
     where = pick_device(recipe.device if recipe and device == "auto" else device)
     checkpoint = open_checkpoint(model)
-    with tempfile.TemporaryDirectory(prefix="qronos-export-") as scratch:
-        folder = Path(scratch)
+    kind = partial(online_model, recipe.online_names if recipe else ())
+    if recipe:
+        recipe = matched(recipe, checkpoint)
+        _check(recipe, kind(checkpoint, where))
+    with _scratch() as folder:
+        if recipe:
+            check_space(folder, folded_bytes(recipe, checkpoint))
         tokens = held_out_tokens(held_out_file(held, folder), checkpoint, held.context, held.chunks).to(where)
+        if suite:
+            yield Stage("tasks: float model")
+            scores_reference = suite.scores(
+                load_whole(checkpoint, where), tokenizer(checkpoint), micro_batch=micro_batch, on_progress=on_progress
+            )
+            give_back()
         if recipe is None:
             yield Stage("float model")
-            yield Evaluated(_of_floats(LazyModel(checkpoint, where), tokens, micro_batch), None)
+            measured = _of_floats(LazyModel(checkpoint, where), tokens, micro_batch)
+            yield Evaluated(measured, None, scores_reference=scores_reference)
             return
-        kind = partial(online_model, recipe.online_names)
-        _check(recipe, kind(checkpoint, where))
         drawn = PROBE.to(where)
         if recipe.method != "rtn" or need_inputs(recipe.transform_names):
             yield Stage("calibration text")
@@ -111,7 +140,8 @@ def evaluate(
         yield Stage("transforms")
         folded = fold(recipe, checkpoint, drawn, folder, kind=kind, on_progress=on_progress)
         lazy = kind(folded.checkpoint, where)
-        plan, output = _everything(lazy, recipe)
+        whole = Whole(lazy, recipe) if suite else None
+        plan, output = _everything(lazy, recipe, whole or _Nowhere())
         riding = Passengers(tokens)
         notes = list(folded.notes)
         yield Stage("layers", len(output.mix.quantized))
@@ -120,7 +150,23 @@ def evaluate(
                 notes.append(f"{layer.name}: {layer.note}")
             yield Step(done, layer)
         yield Stage("scores")
-        yield Evaluated(_compare(lazy, riding, held.context), recipe, notes)
+        measured = _compare(lazy, riding, held.context)
+        if suite and whole:
+            yield Stage("tasks: recipe")
+            scores = suite.scores(whole.model, tokenizer(checkpoint), micro_batch=micro_batch, on_progress=on_progress)
+        yield Evaluated(measured, recipe, notes, scores_reference, scores)
+
+
+@contextmanager
+def _scratch() -> Iterator[Path]:
+    """A folder that is gone afterwards. Raises OutputError where files cannot be written meanwhile, or read."""
+    try:
+        with tempfile.TemporaryDirectory(prefix="qronos-export-") as folder:
+            yield Path(folder)
+    except OSError as error:
+        raise OutputError(
+            f"A file could not be written or read: {error}. For temporary ones make room, or let TMPDIR say where."
+        ) from error
 
 
 class _Everything:
@@ -160,10 +206,43 @@ class _Nowhere:
         pass
 
 
+class Whole:
+    """What a recipe makes of a model, in one piece: a transformers model whose weights become the stored values that
+    are put here, and that then computes what the quantized stream does, with what it rounds and rotates on the way.
+    """
+
+    def __init__(self, lazy: LazyModel, recipe: Recipe) -> None:
+        self.model = load_whole(lazy.checkpoint, lazy.device)
+        self._weights: dict[str, Tensor] = {}
+        cache = rounded_cache(recipe, lazy) if recipe.kv_cache else None
+        width = next(iter(_columns(lazy).values()))
+        rounding = (
+            None
+            if recipe.activations == "none"
+            else activation(recipe.activations, find_format(recipe.formats[0], width))
+        )
+        for name in lazy.block_names:
+            block = self.model.get_submodule(name)
+            if isinstance(lazy, Online):
+                lazy.rotate(block)
+                lazy.turn(block)
+            self._weights |= calibration.block_matrices(block, name)
+            if rounding:
+                Block(block, lambda _: True, lambda part, stage: rounding)
+            if cache:
+                round_cache(block, cache.keys(), cache.values())
+
+    def put(
+        self, tensor: StoredTensor, fmt: BlockFormat, file_rows: Tensor, blocks: Tensor, values: Tensor, scales: Tensor
+    ) -> None:
+        weight = self._weights[tensor.name]
+        weight[file_rows.to(weight.device)] = (values * scales[:, None]).to(weight.dtype)
+
+
 @dataclass(frozen=True)
 class _Output:
     mix: Mix
-    store: _Nowhere
+    store: Store
 
 
 def _columns(model: LazyModel) -> dict[str, int]:
@@ -198,10 +277,10 @@ def _check(recipe: Recipe, model: LazyModel) -> None:
         check_activations(recipe.activations, weight, width)
 
 
-def _everything(model: LazyModel, recipe: Recipe) -> tuple[_Everything, _Output]:
+def _everything(model: LazyModel, recipe: Recipe, store: Store) -> tuple[_Everything, _Output]:
     (name,), columns = recipe.formats, _columns(model)
     types = dict.fromkeys(columns, name)
-    return _Everything(set(columns)), _Output(Mix(name, 0, types, list(columns), {}), _Nowhere())
+    return _Everything(set(columns)), _Output(Mix(name, 0, types, list(columns), {}), store)
 
 
 def _of_floats(model: LazyModel, tokens: Tensor, micro_batch: int) -> Evaluation:

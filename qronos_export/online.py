@@ -4,6 +4,7 @@ changes. Experts are refused. (R3, which only a cache of keys can tell from noth
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Sequence
 
 import torch
@@ -21,51 +22,78 @@ def online_model(names: Sequence[str], checkpoint: Checkpoint, device: torch.dev
     return kind(checkpoint, device)
 
 
-class Rotated(LazyModel):
+class Online(LazyModel):
+    """A model whose blocks rotate what their layers read or return, and whose weights make up for it."""
+
+    name: str
+
+    def __init__(self, checkpoint: Checkpoint, device: torch.device | str = "cpu") -> None:
+        super().__init__(checkpoint, device)
+        if any(is_experts(part) for block in self.blocks for part in block.modules()):
+            raise TransformError(f"online: {self.name} does not fit {checkpoint.name}: it has experts.")
+        for block in self.blocks:
+            self.turn(block)
+
+    def load_block(self, index: int) -> nn.Module:
+        block = super().load_block(index)
+        self.rotate(block)
+        return block
+
+    @abstractmethod
+    def turn(self, block: nn.Module) -> None:
+        """Make `block`, one of the model's or a copy, rotate while it runs."""
+
+    @abstractmethod
+    def rotate(self, block: nn.Module) -> None:
+        """Change the weights of `block` so that with these rotations it computes what it did without."""
+
+
+class Rotated(Online):
     """QuaRot's online R4 (arXiv 2404.00456): every `down_proj` reads its input times a Hadamard matrix, and has the
     same in its weight. Outliers of what it reads are spread before they are rounded."""
 
+    name = "r4"
+
     def __init__(self, checkpoint: Checkpoint, device: torch.device | str = "cpu") -> None:
+        self._rotations = _Rotations(torch.device(device))
         super().__init__(checkpoint, device)
-        _refuse_experts(self, "r4")
-        self._rotations = _Rotations(self.device)
-        downs = [linear for block in self.blocks for linear in _downs(block)]
-        if not downs:
+        if not any(_downs(block) for block in self.blocks):
             raise TransformError(
                 f"online: r4 does not fit {checkpoint.name}: it has no down_proj that is a linear layer."
             )
-        for linear in downs:
+
+    def turn(self, block: nn.Module) -> None:
+        for linear in _downs(block):
             linear.register_forward_pre_hook(lambda _, args: (args[0] @ self._rotations(args[0].shape[-1]),))
 
-    def load_block(self, index: int) -> nn.Module:
-        block = super().load_block(index)
+    def rotate(self, block: nn.Module) -> None:
         for linear in _downs(block):
             linear.weight.data = linear.weight @ self._rotations(linear.in_features)
-        return block
 
 
-class Incoherent(LazyModel):
+class Incoherent(Online):
     """QuIP's two-sided incoherence (arXiv 2307.13304): a linear layer's weight W [out, in] becomes U W Vᵀ with random
     orthogonal matrices, it reads V x, and Uᵀ turns what it returns. One U and V for each size."""
 
+    name = "quip"
+
     def __init__(self, checkpoint: Checkpoint, device: torch.device | str = "cpu") -> None:
-        super().__init__(checkpoint, device)
-        _refuse_experts(self, "quip")
-        self._u, self._v = _Rotations(self.device, seed=1), _Rotations(self.device)
+        self._u, self._v = _Rotations(torch.device(device), seed=1), _Rotations(torch.device(device))
         self._last: tuple[Tensor, int, Tensor] | None = None  # what was read, its version, and its rotation
-        for linear in (linear for block in self.blocks for linear in _linears(block)):
+        super().__init__(checkpoint, device)
+
+    def turn(self, block: nn.Module) -> None:
+        for linear in _linears(block):
             linear.register_forward_pre_hook(lambda _, args: (self._turned(args[0]),))
             linear.register_forward_hook(lambda _, args, output: output @ self._u(output.shape[-1]))
 
-    def load_block(self, index: int) -> nn.Module:
-        block = super().load_block(index)
+    def rotate(self, block: nn.Module) -> None:
         self._last = None
         for linear in _linears(block):
             u = self._u(linear.out_features)
             linear.weight.data = u @ linear.weight @ self._v(linear.in_features).T
             if linear.bias is not None:
                 linear.bias.data = u @ linear.bias
-        return block
 
     def _turned(self, x: Tensor) -> Tensor:
         """x Vᵀ [..., in]; one tensor for all layers that read one after another, so that they stay a group."""
@@ -87,11 +115,6 @@ class _Rotations:
             rotation = random_rotation(size, torch.Generator().manual_seed(self._seed))
             self._known[size] = rotation.to(self._device, torch.float32)
         return self._known[size]
-
-
-def _refuse_experts(model: LazyModel, name: str) -> None:
-    if any(is_experts(part) for block in model.blocks for part in block.modules()):
-        raise TransformError(f"online: {name} does not fit {model.checkpoint.name}: it has experts.")
 
 
 def _linears(block: nn.Module) -> list[nn.Linear]:

@@ -124,14 +124,14 @@ def run(
                 f"There is no type {name!r}; llama.cpp has {', '.join([*CARRIERS, *filter(known.get, known)])}."
             )
     checkpoint = open_checkpoint(recipe.model)
+    recipe = matched(recipe, checkpoint)
     report_path = output / "report.json"
     paths = {name: output / f"{checkpoint.name}-{name}.gguf" for name in recipe.formats}
     with workspace(output, [*paths.values(), report_path], force) as folder:
-        stored = sum(file.stat().st_size for file in checkpoint.folder.glob("*.safetensors"))
-        needed = 0 if checkpoint.float_gguf else stored
-        if steps := len(recipe.transform_names):  # the checkpoint again, twice on the way, and its file, in float32
-            needed += (1 + min(steps, 2)) * stored * 4 // checkpoint.dtype.itemsize
-        _check_space(folder, needed)
+        needed = 0 if checkpoint.float_gguf else stored_bytes(checkpoint)
+        if recipe.transform_names:  # their checkpoints, and the last one's file
+            needed += folded_bytes(recipe, checkpoint) + float_bytes(checkpoint)
+        check_space(folder, needed)
         text = held_out_file(held, folder) if held else None
         if held and text:
             corpus.check_length(text, checkpoint, 2 * held.context)
@@ -173,7 +173,7 @@ def run(
             Output(each, gguf.BlockStore(folder / name), path)
             for each, (name, path) in zip(mixes, paths.items(), strict=True)
         ]
-        _check_space(folder, 2 * sum(each.bytes(source) for each in outputs))
+        check_space(folder, 2 * sum(each.bytes(source) for each in outputs))
         wanted = dict.fromkeys(name for each in outputs for name in each.mix.quantized)
         plan = Plan(source, gguf.RowIndex(source, list(wanted)))
         model = LazyModel(checkpoint, device)
@@ -346,6 +346,16 @@ def replayable(recipe: Recipe, checkpoint: Checkpoint, device: torch.device) -> 
     """The recipe with what it left open: the device, and the commit that a hub id stood for."""
     model = recipe.model if checkpoint.revision is None else f"{checkpoint.repository}@{checkpoint.revision}"
     return replace(recipe, model=model, device=str(device))
+
+
+def matched(recipe: Recipe, checkpoint: Checkpoint) -> Recipe:
+    """The recipe with the numbers that `match_lengths` stands for: sequences of that length, and samples for at least
+    as many tokens. Raises CalibrationError for a file that holds no prompts."""
+    if recipe.match_lengths is None:
+        return recipe
+    length = corpus.median_length(recipe.match_lengths, checkpoint)
+    samples = -(-recipe.samples * recipe.sequence_length // length)
+    return replace(recipe, samples=samples, sequence_length=length, match_lengths=None)
 
 
 def choose_types(source: gguf.GGUFFile, name: str, recipe: Recipe, llamacpp: LlamaCpp) -> Mix:
@@ -651,10 +661,24 @@ def workspace(output: Path, results: list[Path], force: bool) -> Iterator[Path]:
                 path.rmdir()
 
 
-def _check_space(folder: Path, needed: int) -> None:
+def check_space(folder: Path, needed: int) -> None:
     """Raises OutputError unless `needed` bytes are free: first the float file, then blocks and files of all formats."""
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise OutputError(
-            f"{folder.parent} has {free / 1e9:.3g} GB free, {needed / 1e9:.3g} GB more are needed on the way."
+            f"{folder.parent} has {free / 1e9:.3g} GB free; {needed / 1e9:.3g} GB are needed there on the way."
         )
+
+
+def stored_bytes(checkpoint: Checkpoint) -> int:
+    return sum(file.stat().st_size for file in checkpoint.folder.glob("*.safetensors"))
+
+
+def float_bytes(checkpoint: Checkpoint) -> int:
+    """What the checkpoint takes in float32."""
+    return stored_bytes(checkpoint) * 4 // checkpoint.dtype.itemsize
+
+
+def folded_bytes(recipe: Recipe, checkpoint: Checkpoint) -> int:
+    """What `fold` writes at most at a time: one checkpoint in float32, and while one is made of it another."""
+    return min(len(recipe.transform_names), 2) * float_bytes(checkpoint)

@@ -56,6 +56,7 @@ class Recipe:
                       by what attention does with them (BoA).
     calibration:      a text file, `hf:NAME[:CONFIG[:SPLIT]]`, or `self` for text sampled from the model.
     samples, sequence_length: calibration tokens = samples × sequence_length.
+    match_lengths:    a file of prompts whose median length sequence_length becomes, with samples for as many tokens.
     micro_batch:      sequences run at a time.
     """
 
@@ -82,6 +83,7 @@ class Recipe:
     calibration: str = "self"
     samples: int = 128
     sequence_length: int = 512
+    match_lengths: str | None = None
     seed: int = 0
     micro_batch: int = 8
     device: str = "auto"

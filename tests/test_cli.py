@@ -15,6 +15,7 @@ from qronos_export.cli import app
 from qronos_export.errors import UsageError
 from qronos_export.recipe import RECIPE_FIELDS, Recipe, load_recipe, plain_value, recipe_from, shipped
 from qronos_export.report import RunReport
+from qronos_export.validation import CACHE_TYPES
 
 
 def test_help_imports_nothing_heavy() -> None:
@@ -55,6 +56,13 @@ def test_formats_lists_every_format() -> None:
 def test_wrong_usage_exits_with_2(arguments: list[str]) -> None:
     done = subprocess.run([sys.executable, "-m", "qronos_export", *arguments], capture_output=True, text=True)
     assert done.returncode == 2 and "Traceback" not in done.stderr and done.stderr.strip()
+
+
+def test_cache_types_are_known_also_where_nothing_is_validated() -> None:
+    options = ["quantize", "demo", "--output", "x", "--no-validate", "--cache-type-k", "bogus"]
+    refused = CliRunner().invoke(app, options).exception
+    assert isinstance(refused, UsageError)
+    assert str(refused).startswith(f"--cache-type-k is 'bogus'; llama.cpp's cache has {', '.join(CACHE_TYPES)}.")
 
 
 @pytest.mark.parametrize("arguments", [["--debug", "quantize"], ["quantize", "--debug"]])

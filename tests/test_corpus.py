@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,8 +10,10 @@ import torch
 
 from qronos_export import corpus as corpus_module
 from qronos_export.checkpoint import Checkpoint, open_checkpoint, tokenizer
-from qronos_export.corpus import PIECE, _pieces, calibration_tokens, held_out_text
+from qronos_export.corpus import PIECE, _pieces, calibration_tokens, held_out_text, median_length
 from qronos_export.errors import CalibrationError
+from qronos_export.pipeline import matched
+from qronos_export.recipe import Recipe
 from tests.families import make
 
 
@@ -137,3 +140,60 @@ def test_datasets_that_cannot_be_used(plain: Checkpoint, tmp_path: Path) -> None
         calibration_tokens(f"hf:{tmp_path}::absent", plain, samples=1, length=8, seed=0)
     with pytest.raises(CalibrationError, match="is not hf:NAME"):
         calibration_tokens("hf:", plain, samples=1, length=8, seed=0)
+
+
+def test_prompts_are_lines_or_records_and_their_lower_median_counts(bos: Checkpoint, tmp_path: Path) -> None:
+    prompts = [
+        "What is nothing?",
+        "Why?\u2028Because of all that there is and was.",
+        "Yes or no?",
+        "One more of them, and then another one.",
+    ]
+    lengths = sorted(len(tokenizer(bos)(prompt)["input_ids"]) for prompt in prompts)
+    assert len(set(lengths)) == 4
+    lines = tmp_path / "prompts.txt"
+    lines.write_text("\n\n".join(prompts) + "\n \n", encoding="utf-8")
+    assert median_length(str(lines), bos) == lengths[1]
+    records = tmp_path / "prompts.jsonl"
+    both = [{"id": 7, "messages": [{"system": prompts[0]}, prompts[1]], "answer": None}, {"text": prompts[0]}]
+    records.write_text("\n".join(json.dumps(record, ensure_ascii=False) for record in both), encoding="utf-8")
+    assert median_length(str(records), bos) == len(tokenizer(bos)(prompts[0])["input_ids"])
+    records.write_text(json.dumps(both[0]))
+    assert median_length(str(records), bos) == len(tokenizer(bos)(f"{prompts[0]}\n{prompts[1]}")["input_ids"])
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("empty.txt", "\n \n", "empty.txt holds no prompt; put one in each line"),
+        ("numbers.jsonl", '{"id": 1}\n[]\n', "numbers.jsonl holds no prompt"),
+        (
+            "cut.jsonl",
+            '{"text": "whole"}\n\n{"text": \n',
+            r"cut\.jsonl, line 3 is not JSON \(.*one record in each line",
+        ),
+        ("short.txt", "a\n", "median of 1 tokens; put one in each line, of at least two tokens"),
+        ("binary.txt", b"\xff", "not UTF-8 text"),
+        ("absent.txt", None, r"cannot be read \(.*give a text file or a \.jsonl file of prompts"),
+    ],
+)
+def test_prompts_that_say_no_length(
+    name: str, content: str | bytes | None, says: str, plain: Checkpoint, tmp_path: Path
+) -> None:
+    if content is not None:
+        (tmp_path / name).write_bytes(content.encode() if isinstance(content, str) else content)
+    with pytest.raises(CalibrationError, match=says):
+        median_length(str(tmp_path / name), plain)
+
+
+def test_matched_lengths_keep_the_number_of_tokens(bos: Checkpoint, tmp_path: Path) -> None:
+    """At least as many, less than one sequence more; what comes out names no file any more and stays."""
+    file = tmp_path / "prompts.txt"
+    for words in (2, 7, 50):
+        file.write_text("word " * words + "\n")
+        length = median_length(str(file), bos)
+        recipe = Recipe("bos", samples=6, sequence_length=64, match_lengths=str(file))
+        found = matched(recipe, bos)
+        assert found == replace(recipe, samples=found.samples, sequence_length=length, match_lengths=None)
+        assert 0 <= found.samples * length - 6 * 64 < length
+        assert matched(found, bos) == found

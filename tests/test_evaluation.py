@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import resource
+import shutil
+from collections import namedtuple
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,10 +22,10 @@ from qronos_export.calibration import Clock, Decoder, add_stream, block_matrices
 from qronos_export.checkpoint import LazyModel, load_whole, open_checkpoint
 from qronos_export.checkpoint.lazy import read_finite
 from qronos_export.corpus import held_out_text, held_out_tokens
-from qronos_export.errors import TransformError, UsageError
+from qronos_export.errors import OutputError, TransformError, UsageError
 from qronos_export.evaluation import Evaluated, Evaluation, _everything, evaluate
 from qronos_export.online import online_model
-from qronos_export.pipeline import Held, Passengers, Step, calibrate
+from qronos_export.pipeline import Held, Passengers, Step, calibrate, matched
 from qronos_export.recipe import ACTIVATIONS as NAMES
 from qronos_export.recipe import Recipe
 from tests.families import FAMILIES, make
@@ -90,9 +93,9 @@ def test_what_is_measured_on_is_not_calibrated_on(tmp_path: Path) -> None:
 
     def codes(riding: Passengers | None) -> dict[str, torch.Tensor]:
         model, recipe = LazyModel(checkpoint, torch.device("cpu")), Recipe("tiny", "INT4_G32", transforms="none")
-        plan, output = _everything(model, recipe)
         kept = Kept()
-        list(calibrate(model, plan, [replace(output, store=kept)], tokens, recipe, Clock(), riding))
+        plan, output = _everything(model, recipe, kept)
+        list(calibrate(model, plan, [output], tokens, recipe, Clock(), riding))
         return kept.blocks
 
     alone, ridden = codes(None), codes(Passengers(torch.randint(5, 1000, (3, 40))))
@@ -112,6 +115,50 @@ def test_layers_are_tuned_on_tokens_held_out(text: Path, tmp_path: Path) -> None
     assert isinstance(done, Evaluated) and done.evaluation.kl_divergence
     with pytest.raises(UsageError, match=r"held_out: 0\.25 takes one in 4 micro-batches and there are 2"):
         list(evaluate(recipe.model, replace(recipe, micro_batch=4), Held(text, 64, 2), device="cpu"))
+
+
+def test_sequences_as_long_as_the_prompts(text: Path, tmp_path: Path) -> None:
+    """`match_lengths` is the numbers it stands for."""
+    model = make("llama", tmp_path / "tiny")
+    (tmp_path / "prompts.txt").write_text(held_out_text()[:4000])
+    recipe = Recipe(
+        str(model), "INT4_G32", calibration=str(text), samples=6, match_lengths=str(tmp_path / "prompts.txt")
+    )
+    found = matched(recipe, open_checkpoint(str(model)))
+    assert found.sequence_length < 64
+    assert measure(model, recipe, text) == measure(model, found, text)
+
+
+def test_scratch_space_that_is_too_small(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Transforms write the model in float32, twice where one follows another; without them nothing is written."""
+    model = make("llama", tmp_path / "tiny", dtype=torch.bfloat16)
+    one = 2 * (model / "model.safetensors").stat().st_size
+    recipe = Recipe(str(model), "INT8", calibration=str(text), samples=2, sequence_length=64)
+
+    def tried(transforms: str, free: int) -> None:
+        monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**9, 0, free))
+        measure(model, replace(recipe, transforms=transforms), text)
+
+    usage = namedtuple("usage", "total used free")
+    tried("none", 0)
+    tried("permute", one)
+    for transforms, free in (("permute", one - 1), ("permute,equalize", 2 * one - 1)):
+        with pytest.raises(OutputError, match=r"has .* GB free; .* GB are needed there"):
+            tried(transforms, free)
+
+
+@pytest.mark.parametrize(("limit", "says"), [(40_000, "outside.safetensors|block-00000"), (1_000, "TMPDIR")])
+def test_a_disk_that_is_full(limit: int, says: str, text: Path, tmp_path: Path) -> None:
+    """First where safetensors writes, then where we do; the kernel refuses what makes a file larger than `limit`."""
+    model = make("llama", tmp_path / "tiny")
+    recipe = Recipe(str(model), "INT8", calibration=str(text), samples=2, sequence_length=64, transforms="permute")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+    try:
+        with pytest.raises(OutputError, match=says):
+            *_, _ = evaluate(str(model), recipe, Held(None if limit == 1_000 else text, 64, 2), device="cpu")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def test_a_mix_is_for_files(text: Path, tmp_path: Path) -> None:

@@ -1,12 +1,13 @@
 """Attention on keys and values that were rounded, as a cache of few bits would give them back.
 
-transformers' models hand queries, keys (after RoPE) and values to a function that their config names. A block's copy
-gets a config that names ours, which rounds and calls the one that was named before. So no architecture needs code of
-its own; attention that keeps something else than keys and values of heads, or asks no such function, is refused.
+transformers' models hand queries, keys (after RoPE) and values to a function that their config names. An attention
+gets a config of its own that names ours, which rounds and calls the one that was named before. So no architecture needs
+code; attention that keeps something else than keys and values of heads, or asks no such function, is refused.
 """
 
 from __future__ import annotations
 
+import copy
 import inspect
 import sys
 from collections.abc import Callable, Iterator
@@ -47,14 +48,14 @@ def head_sizes(model: LazyModel) -> frozenset[int]:
 
 
 def round_cache(block: nn.Module, keys: Rounding, values: Rounding) -> None:
-    """Have every attention of `block`, a copy with configs of its own, attend to rounded keys and values, float
-    [sequences, heads, length, head size]."""
+    """Have every attention of `block` attend to rounded keys and values, float [sequences, heads, length, head size].
+    Masks are made by the model, whose config stays."""
     ALL_ATTENTION_FUNCTIONS.register(_NAME, _attend)
-    for _, part in list(_attentions(block)):
-        attend = _function(part)
-        part.rounded_cache = attend, keys, values  # type: ignore[assignment]
-    for _, part in list(_attentions(block)):
-        part.config._attn_implementation = _NAME  # type: ignore[union-attr]
+    for _, part in _attentions(block):
+        attention: Any = part
+        attention.rounded_cache = _function(attention), keys, values
+        attention.config = copy.copy(attention.config)
+        attention.config._attn_implementation = _NAME
 
 
 def _attend(module: Any, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:

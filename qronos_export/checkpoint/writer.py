@@ -5,9 +5,12 @@ import shutil
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers.core_model_loading import revert_weight_conversion
+
+from qronos_export.errors import OutputError
 
 from .lazy import LazyModel
 from .quiet import quiet
@@ -17,7 +20,8 @@ _OUTSIDE = "outside"
 
 
 class CheckpointWriter:
-    """Writes what `model` holds at the time, in float32, under the names of a checkpoint; one shard a block."""
+    """Writes what `model` holds at the time, in float32, under the names of a checkpoint; one shard a block. Raises
+    OutputError where a shard cannot be written: safetensors' own error is no OSError, even for a full disk."""
 
     def __init__(self, model: LazyModel, folder: Path) -> None:
         self._model = model
@@ -62,6 +66,9 @@ class CheckpointWriter:
             for key, value in state.items()
         }
         file = f"{shard}.safetensors"
-        save_file(tensors, self._folder / file, metadata={"format": "pt"})
+        try:
+            save_file(tensors, self._folder / file, metadata={"format": "pt"})
+        except SafetensorError as error:
+            raise OutputError(f"Writing {self._folder / file} failed: {error}. Make room there.") from error
         self._weight_map |= dict.fromkeys(tensors, file)
         self._bytes += sum(value.nbytes for value in tensors.values())
