@@ -244,7 +244,7 @@ def test_a_cache_of_few_bits_costs_something(text: Path, tmp_path: Path) -> None
 
 def test_inputs_are_rounded_by_the_type_of_the_weight(text: Path, tmp_path: Path) -> None:
     """What llama.cpp multiplies Q4_0 with is q8_0, and Q4_K with q8_k; floats read what comes."""
-    model = make("llama", tmp_path / "tiny", hidden_size=256, intermediate_size=256, num_hidden_layers=1)
+    model = make("llama", tmp_path / "tiny", hidden_size=256, intermediate_size=256, num_hidden_layers=1, head_dim=64)
 
     def kl(format: str, activations: str) -> float:
         recipe = Recipe(str(model), format, method="rtn", activations=activations)
