@@ -15,7 +15,7 @@ from formats import FORMATS
 from qronos_export.calibration import Clock, Decoder
 from qronos_export.checkpoint import Checkpoint, LazyModel, load_whole, open_checkpoint
 from qronos_export.errors import TransformError
-from qronos_export.evaluation import _everything
+from qronos_export.evaluation import _everything, _Nowhere
 from qronos_export.online import Rotated
 from qronos_export.pipeline import Passengers, calibrate
 from qronos_export.recipe import TRANSFORMS as NAMES
@@ -246,7 +246,7 @@ def test_what_is_learned_from_is_what_evaluate_rounds(
     """Hadamard's rotations, applied for good and rounded to nearest there, as in the first step of SpinQuant's."""
     ids, recipe = tokens(models[family], 2), Recipe("tiny", "INT2", activations="int4", method="rtn")
     lazy = kind(apply(models[family], ["hadamard"], tmp_path))
-    plan, output = _everything(lazy, recipe)
+    plan, output = _everything(lazy, recipe, _Nowhere())
     riding = Passengers(ids)
     list(calibrate(lazy, plan, [output], ids, recipe, Clock(), riding))
     (batch,) = riding.batches
