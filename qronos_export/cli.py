@@ -136,7 +136,10 @@ def quantize(
         str | None, _setting("order", "Columns: natural, descending, min_pivot, or blocks: heavy ones first.")
     ] = None,
     attention_aware: Annotated[
-        bool | None, _setting("attention_aware", "Round q, k and v by what attention does with their outputs; slower.")
+        bool | None,
+        typer.Option(
+            help="Round q, k and v by what attention does with their outputs; slower.", show_default="with qronos"
+        ),
     ] = None,
     micro_batch: Annotated[int | None, _setting("micro_batch", "Sequences run at a time.")] = None,
     device: Annotated[str | None, _setting("device", "auto, cpu, cuda or cuda:i.")] = None,

@@ -473,7 +473,7 @@ def calibrate(
         plan.claim(calibration.block_matrices(module, name))
         clock.lap("load")
         heads = None
-        if recipe.attention_aware:
+        if recipe.couples_rows:
             heads = read_attention(module, name, batches[0].x, batches[0].arguments[index])
             clock.lap("forward")
         stops = calibration.walk(

@@ -53,7 +53,7 @@ class Recipe:
                       first, in them heavy columns, or min_pivot: last what later columns say most about, with blocks
                       kept whole; in all but descending the scales follow the diffused weights.
     attention_aware:  rows of q, k and v one after another, each handing its error to the next rows of its head, weighed
-                      by what attention does with them (BoA).
+                      by what attention does with them (BoA); None: with method qronos, in models it fits.
     calibration:      a text file, `hf:NAME[:CONFIG[:SPLIT]]`, or `self` for text sampled from the model.
     samples, sequence_length: calibration tokens = samples × sequence_length.
     match_lengths:    a file of prompts whose median length sequence_length becomes, with samples for as many tokens.
@@ -79,7 +79,7 @@ class Recipe:
     stochastic: bool = False
     refine: int = 0
     order: str = "blocks"
-    attention_aware: bool = False
+    attention_aware: bool | None = None
     calibration: str = "self"
     samples: int = 128
     sequence_length: int = 512
@@ -134,6 +134,11 @@ class Recipe:
                 raise UsageError(f"{name} is for methods {', '.join(able)}; method is {self.method}.")
         if not 0 <= self.shrinkage <= 1:
             raise UsageError(f"shrinkage is {self.shrinkage}; expected a number from 0 (GPTQ) to 1 (trust fully).")
+
+    @property
+    def couples_rows(self) -> bool:
+        """What `attention_aware` comes to."""
+        return self.method == "qronos" if self.attention_aware is None else self.attention_aware
 
     @property
     def formats(self) -> list[str]:
