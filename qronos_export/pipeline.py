@@ -150,8 +150,7 @@ def run(
         mixes = [choose_types(source, name, recipe, llamacpp) for name in paths]  # refuses before anything takes time
         for tensor in dict.fromkeys(tensor for each in mixes for tensor in each.quantized):
             check_activations(recipe.activations, tensor, source.tensors[tensor].columns)
-        if recipe.attention_aware:
-            check_attention(LazyModel(checkpoint).blocks, checkpoint.name)
+        coupled = recipe.couples_rows and _fits_attention(recipe, LazyModel(checkpoint))
         names = recipe.transform_names
         if names:
             clock.lap("load")
@@ -168,6 +167,7 @@ def run(
                 source = gguf.GGUFFile(float_file(checkpoint, llamacpp, folder / "transformed"))
                 mixes = [choose_types(source, name, recipe, llamacpp) for name in paths]
             clock.lap("transforms")
+        result.recipe["attention_aware"] = coupled
         result.recipe["transforms"] = ",".join(names) or "none"
         outputs = [
             Output(each, gguf.BlockStore(folder / name), path)
@@ -515,6 +515,17 @@ def _hold_out(batches: list[MicroBatch], share: float) -> None:
         )
     for batch in batches[every - 1 :: every]:
         batch.held = True
+
+
+def _fits_attention(recipe: Recipe, model: LazyModel) -> bool:
+    """Whether `model` has an attention that we can read. Raises UsageError where not and the recipe asks for it."""
+    try:
+        check_attention(model.blocks, model.checkpoint.name)
+    except UsageError:
+        if recipe.attention_aware:
+            raise
+        return False
+    return True
 
 
 def rounded_cache(recipe: Recipe, model: LazyModel) -> KVCache:
