@@ -68,7 +68,7 @@ CacheKOption = Annotated[
 ]
 CacheVOption = Annotated[
     str | None,
-    typer.Option("--cache-type-v", help="Type of values while validating; else as for keys.", metavar="TYPE"),
+    typer.Option("--cache-type-v", help="Type of values while validating; else the recipe's or f16.", metavar="TYPE"),
 ]
 
 
@@ -113,7 +113,7 @@ def quantize(
         ),
     ] = None,
     spin_steps: Annotated[int | None, _setting("spin_steps", "How often spinquant moves its rotations.")] = None,
-    method: Annotated[str | None, _setting("method", "qronos, gptaq, gptq, gpfq or rtn.")] = None,
+    method: Annotated[str | None, _setting("method", "qronos, gptaq, gptq (ldlq), gpfq or rtn.")] = None,
     calibration: Annotated[
         str | None, _setting("calibration", "Text file, hf:NAME[:CONFIG[:SPLIT]], or self: sampled from the model.")
     ] = None,

@@ -131,7 +131,7 @@ def evaluate(
             yield Evaluated(measured, None, scores_reference=scores_reference)
             return
         drawn = PROBE.to(where)
-        if recipe.method != "rtn" or need_inputs(recipe.transform_names):
+        if recipe.method != "rtn" or recipe.magr or need_inputs(recipe.transform_names):
             yield Stage("calibration text")
             drawn = calibration_tokens(
                 recipe.calibration, checkpoint, samples=recipe.samples, length=recipe.sequence_length,

@@ -150,7 +150,8 @@ def run(
         mixes = [choose_types(source, name, recipe, llamacpp) for name in paths]  # refuses before anything takes time
         for tensor in dict.fromkeys(tensor for each in mixes for tensor in each.quantized):
             check_activations(recipe.activations, tensor, source.tensors[tensor].columns)
-        coupled = recipe.couples_rows and _fits_attention(recipe, LazyModel(checkpoint))
+        if recipe.attention_aware:
+            check_attention(LazyModel(checkpoint).blocks, checkpoint.name)
         names = recipe.transform_names
         if names:
             clock.lap("load")
@@ -167,7 +168,6 @@ def run(
                 source = gguf.GGUFFile(float_file(checkpoint, llamacpp, folder / "transformed"))
                 mixes = [choose_types(source, name, recipe, llamacpp) for name in paths]
             clock.lap("transforms")
-        result.recipe["attention_aware"] = coupled
         result.recipe["transforms"] = ",".join(names) or "none"
         outputs = [
             Output(each, gguf.BlockStore(folder / name), path)
@@ -449,7 +449,8 @@ def calibrate(
     clock.lap(None)
     _claim_embedding(model, plan)
     batches = calibration.enter(decoder, tokens, recipe.micro_batch)
-    _hold_out(batches, recipe.held_out)
+    if recipe.held_out:
+        _hold_out(batches, recipe.held_out)
     if passengers:
         passengers.batches = calibration.enter(decoder, passengers.tokens, recipe.micro_batch, counted=False)
         batches = [*batches, *passengers.batches]
@@ -475,6 +476,8 @@ def calibrate(
         heads = None
         if recipe.couples_rows:
             heads = read_attention(module, name, batches[0].x, batches[0].arguments[index])
+            if heads and recipe.attention_aware is None:  # nobody asked: no word on what it does not reach
+                heads = replace(heads, note="")
             clock.lap("forward")
         stops = calibration.walk(
             module, index, name, batches, lambda weight: bool(plan.targets(weight)), clock, runtime
@@ -504,28 +507,10 @@ def calibrate(
 
 
 def _hold_out(batches: list[MicroBatch], share: float) -> None:
-    """Set a `share` of the micro-batches apart, evenly. Raises UsageError where they are too few."""
-    if not share:
-        return
+    """Set a `share` of the micro-batches apart, evenly."""
     every = round(1 / share)
-    if len(batches) < every:
-        raise UsageError(
-            f"held_out: {share:g} takes one in {every} micro-batches and there are {len(batches)}; lower micro_batch "
-            "or raise samples."
-        )
     for batch in batches[every - 1 :: every]:
         batch.held = True
-
-
-def _fits_attention(recipe: Recipe, model: LazyModel) -> bool:
-    """Whether `model` has an attention that we can read. Raises UsageError where not and the recipe asks for it."""
-    try:
-        check_attention(model.blocks, model.checkpoint.name)
-    except UsageError:
-        if recipe.attention_aware:
-            raise
-        return False
-    return True
 
 
 def rounded_cache(recipe: Recipe, model: LazyModel) -> KVCache:

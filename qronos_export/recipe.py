@@ -45,8 +45,8 @@ class Recipe:
     damping:          α in λ = α · mean(diag H).
     shrinkage:        β in G_β = H + β(G − H): how far the measured mismatch of the two streams is trusted.
     magr:             MagR's α: how much of the weights' extremes is given up before they are rounded; 0 is none.
-    held_out:         share of the micro-batches, at most a half, on which λ and β are chosen for every group of layers,
-                      λ from a tenth to ten times `damping`; 0 takes damping and shrinkage as they are.
+    held_out:         share of the micro-batches, one in 2, 3, 4, …, on which λ and β are chosen for every group of
+                      layers, λ from a tenth to ten times `damping`; 0 takes damping and shrinkage as they are.
     stochastic:       codes are drawn from the two neighbours of a weight, seeded, instead of the nearest.
     refine:           rounds of new scales and coordinate descent on the codes after error diffusion.
     order:            natural, descending (by diag H, scales fixed beforehand), blocks: blocks with heavy inputs
@@ -132,13 +132,22 @@ class Recipe:
         ):  # fmt: skip
             if getattr(self, name) and self.method not in able:
                 raise UsageError(f"{name} is for methods {', '.join(able)}; method is {self.method}.")
+        if self.attention_aware and "quip" in self.online_names:
+            raise UsageError("online: quip mixes the rows of heads, which attention_aware tells apart; leave one out.")
+        batches = -(-self.samples // self.micro_batch)
+        if self.held_out and self.match_lengths is None and batches < round(1 / self.held_out):
+            raise UsageError(
+                f"held_out: {self.held_out:g} takes one in {round(1 / self.held_out)} micro-batches and there are "
+                f"{batches}; lower micro_batch or raise samples."
+            )
         if not 0 <= self.shrinkage <= 1:
             raise UsageError(f"shrinkage is {self.shrinkage}; expected a number from 0 (GPTQ) to 1 (trust fully).")
 
     @property
     def couples_rows(self) -> bool:
         """What `attention_aware` comes to."""
-        return self.method == "qronos" if self.attention_aware is None else self.attention_aware
+        fits = self.method == "qronos" and "quip" not in self.online_names
+        return fits if self.attention_aware is None else self.attention_aware
 
     @property
     def formats(self) -> list[str]:

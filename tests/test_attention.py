@@ -69,7 +69,8 @@ def test_diffusion_is_that_of_the_kronecker_product(corrected: bool) -> None:
     def nearest(value: Tensor) -> Tensor:
         return (value / step).round().clamp(-8, 7) * step
 
-    codes, values = diffuse_rows(weight, first, 0, coupled, 0.01, round_rows)
+    codes, values, singular = diffuse_rows(weight, first, 0, coupled, 0.01, round_rows)
+    assert not singular
     torch.testing.assert_close(codes * step, values)
     eye = torch.eye(8, dtype=torch.float64)
     damped = stats.hessian.double() + normal.damping * eye
@@ -95,6 +96,20 @@ def test_outputs_that_do_not_meet_change_nothing(name: str, order: str) -> None:
     joined = ROUNDERS[name](weight, stats, Q4, replace(settings, coupled=coupled))
     assert torch.equal(joined.weight.blocks, alone.weight.blocks)
     torch.testing.assert_close(joined.loss, alone.loss, rtol=1e-3, atol=0)
+
+
+def test_a_head_without_a_cost_is_rounded_alone() -> None:
+    """Others keep theirs, and the note says how many went without."""
+    weight, stats = problem(24, 64)
+    settings = Settings(0.01, 0.5, "blocks")
+    bad, good = Coupled(torch.arange(8), torch.full((8, 8), torch.nan)), Coupled(torch.arange(8, 16), spread(8, 1))
+    alone, joined, both = (
+        ROUNDERS["qronos"](weight, stats, Q4, replace(settings, coupled=coupled))
+        for coupled in ([], [good], [bad, good])
+    )
+    assert torch.equal(both.weight.blocks, joined.weight.blocks)
+    assert torch.equal(both.weight.blocks[:8], alone.weight.blocks[:8])
+    assert both.method == "qronos" and "1 heads rounded row by row" in both.note and not joined.note
 
 
 @pytest.mark.parametrize("name", ["qronos", "gptq"])

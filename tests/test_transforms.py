@@ -221,6 +221,17 @@ def floats(rotations: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     return [rotation.float().requires_grad_() for rotation in rotations]
 
 
+def test_every_width_has_its_own_rounding_of_inputs(models: dict[str, Checkpoint]) -> None:
+    """As llama.cpp multiplies Q4_K_M: rows that 256 does not divide are another type's, with another kernel."""
+    ids = tokens(models["llama"], 1)
+    losses = []
+    for activations in ("none", "llama.cpp", "q8_0"):
+        with rounding(LazyModel(models["llama"]), "Q4_K_M", activations) as rounded:
+            leaves = floats(rounded.draw(torch.Generator().manual_seed(0)))
+            losses.append(float(rounded.loss(ids, leaves).detach()))
+    assert losses[0] != losses[1] == losses[2]
+
+
 @pytest.mark.parametrize("family", ["llama_tied", "qwen2", "phi3", "mixtral"])
 def test_no_rotation_changes_the_loss_without_rounding(models: dict[str, Checkpoint], family: str) -> None:
     """Nor does the gradient point anywhere along the rotations: every place where one is used is accounted for."""

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from qronos_export.rounding.least_squares import normal_equations
+from qronos_export.rounding.least_squares import SingularError, normal_equations
 from qronos_export.statistics import LayerStats
 
 RoundRows = Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor]]
@@ -39,11 +39,12 @@ class Coupled:
 
 def diffuse_rows(
     target: Tensor, first: Tensor | None, column: int, coupled: Sequence[Coupled], damping: float, round_rows: RoundRows
-) -> tuple[Tensor, Tensor]:
-    """Round `target` [rows, columns], heavy rows of each of `coupled` before its light ones: blocks and values.
+) -> tuple[Tensor, Tensor, int]:
+    """Round `target` [rows, columns], heavy rows of each of `coupled` before its light ones: blocks and values, and how
+    many of `coupled` have an A that damping does not make positive definite, so that their rows went alone.
 
     Rows that wait for the same number of others are rounded together, so this takes `size` calls of `round_rows`, and
-    one where every A is diagonal. Raises SingularError for an A that damping does not make positive definite.
+    one where every A is diagonal.
 
     first:    [rows], the values that the first code of each row is chosen by, or None for `target`'s own.
     column:   where that code is.
@@ -52,9 +53,14 @@ def diffuse_rows(
     turns: list[list[Tensor]] = [[]]
     feeds: list[list[tuple[Tensor, Tensor, Tensor]]] = [[]]
     alone = torch.ones(len(target), dtype=torch.bool, device=target.device)
+    singular = 0
     for each in coupled:
+        try:
+            normal = normal_equations(LayerStats.of(each.hessian, each.hessian, tokens=1), damping, "descending")
+        except SingularError:
+            singular += 1
+            continue
         alone[each.rows] = False
-        normal = normal_equations(LayerStats.of(each.hessian, each.hessian, tokens=1), damping, "descending")
         rows, feedback = each.rows[normal.order], normal.feedback
         for i, turn in enumerate(_turns(feedback)):
             if turn == len(turns):
@@ -76,7 +82,7 @@ def diffuse_rows(
             blocks = torch.empty(len(target), part.shape[1], dtype=part.dtype, device=part.device)
         blocks[now] = part
     assert blocks is not None
-    return blocks, values
+    return blocks, values, singular
 
 
 def _turns(feedback: Tensor) -> list[int]:

@@ -60,7 +60,7 @@ def diffuse(
     refine codes and scales, where asked to. Rows that `settings.coupled` joins are swept one after another, and the
     loss is computed."""
     importance = normal.hessian.diagonal()
-    dither = settings.dither
+    dither, note = settings.dither, normal.note
 
     def swept(target: Tensor, first: Tensor | None) -> tuple[Tensor, Grid, Tensor]:
         nonlocal dither
@@ -81,11 +81,13 @@ def diffuse(
 
     if settings.coupled:
         column = 0 if normal.order is None else int(normal.order[0])
-        blocks, values = diffuse_rows(target, first, column, settings.coupled, settings.damping, round_rows)
+        blocks, values, singular = diffuse_rows(target, first, column, settings.coupled, settings.damping, round_rows)
         error = target - values
         loss = torch.linalg.vecdot(error @ normal.hessian + normal.damping * error, error)
+        if singular:
+            note = "; ".join(filter(None, [note, f"{singular} heads rounded row by row: what weighs them is singular"]))
     else:
         codes, grid, loss = swept(target, first)
         blocks = fmt.pack(codes, grid)
     packed = QuantizedWeight(fmt, blocks, (target.shape[0], target.shape[1]))
-    return Rounded(packed, loss, mismatch, normal.damping, method, normal.note)
+    return Rounded(packed, loss, mismatch, normal.damping, method, note)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from formats import BlockFormat
 from qronos_export.rounding.least_squares import SingularError, normal_equations
+from qronos_export.rounding.qronos import qronos
 from qronos_export.rounding.rounded import Rounder, Settings
 from qronos_export.statistics import LayerStats
 
@@ -22,16 +23,16 @@ FACTORS = (0.1, 0.3, 1.0, 3.0, 10.0)
 def chosen(
     weight: Tensor, stats: LayerStats, fmt: BlockFormat, settings: Settings, rounder: Rounder
 ) -> tuple[Settings, str]:
-    """`settings` with the damping and shrinkage that suit `weight` [rows, columns] best, and a note that names them.
+    """`settings` with the damping, and for Qronos the shrinkage, that suit `weight` [rows, columns] best; and a note.
     The given ones where none of the group's tokens were held out, or all."""
     if stats.held is None or stats.held.tokens == stats.tokens:
         return settings, "no tokens to choose λ and β on"
     train, held = stats.without_held(), stats.held
-    best, least = settings, float("inf")
+    best, least, corrects = settings, float("inf"), rounder is qronos
     for factor in FACTORS:
         each = replace(settings, damping=factor * settings.damping)
         try:
-            each = replace(each, shrinkage=_shrinkage(weight, train, held, each))
+            each = replace(each, shrinkage=_shrinkage(weight, train, held, each)) if corrects else each
         except SingularError:
             continue
         values = rounder(weight, train, fmt, each).weight.dequantize()
@@ -39,7 +40,8 @@ def chosen(
         left = float((values @ held.hessian * values).sum() - 2 * (weight @ held.cross * values).sum())
         if left < least:
             best, least = each, left
-    return best, f"λ {best.damping:.2g} and β {best.shrinkage:.2f} by held-out tokens"
+    beta = f" and β {best.shrinkage:.2f}" if corrects else ""
+    return best, f"λ {best.damping:.2g}{beta} by held-out tokens"
 
 
 def _shrinkage(weight: Tensor, train: LayerStats, held: LayerStats, settings: Settings) -> float:

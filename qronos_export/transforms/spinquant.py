@@ -74,10 +74,10 @@ class Rounded:
         self.tokens = whole.tokens
         self._whole = whole
         self._format = goal.format
+        self._activations = goal.activations
         for anatomy in whole.anatomies:
             fold_gains(anatomy)
-        rounding = None if goal.activations == "none" else activation(goal.activations, search_format(goal.format, 256))
-        reads = _straight_through(rounding) if rounding else None
+        reads = None if goal.activations == "none" else _straight_through(self._read)
         self._blocks = [Block(module, lambda name: True, lambda part, stage: reads) for module in whole.blocks]
         self._grids: list[dict[str, tuple[float, Grid]]] = [{} for _ in whole.blocks]
 
@@ -122,6 +122,11 @@ class Rounded:
             weights[name] = rounded.mT if transposed else rounded
         output = functional_call(module, weights, (hidden,), arguments)
         return output[0] if isinstance(output, tuple) else output
+
+    def _read(self, x: Tensor) -> Tensor:
+        """Inputs [..., features] as the run rounds them for weights of that width."""
+        rounding = activation(self._activations, search_format(self._format, x.shape[-1]))
+        return rounding(x) if rounding else x
 
     def _round(self, index: int, name: str, weight: Tensor) -> Tensor:
         """Nearest stored values of [..., out, in]; as it is where blocks do not divide its rows."""
