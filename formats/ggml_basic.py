@@ -62,9 +62,9 @@ class BF16(_Float):
 class OneScale(BlockFormat):
     """fp16 d | codes;  w = d · level. A subclass lays out the codes and says where a scale search looks."""
 
-    levels: ClassVar[Levels]
-    reach: ClassVar[tuple[float, ...]]  # where the largest weight of a block is put, ggml's rule first
-    beside: ClassVar[tuple[float, ...]] = (0.5, 0.25)  # how far around the best of them
+    levels: Levels
+    reach: tuple[float, ...]  # where the largest weight of a block is put, ggml's rule first
+    beside: tuple[float, ...] = (0.5, 0.25)  # how far around the best of them
 
     def fit(self, weights: Tensor, importance: Tensor | None = None) -> Grid:
         groups = grouped(weights, importance, self.block_size)

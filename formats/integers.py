@@ -29,6 +29,7 @@ from formats.block import (
     half_from_bytes,
     reciprocal,
 )
+from formats.ggml_basic import OneScale
 from formats.scale_search import best_scale, best_ternary_scale, grouped, in_chunks, search_scale, to_half
 
 
@@ -57,7 +58,7 @@ class IntegerGrid(BlockFormat):
         rows = weights.shape[0]
         groups = grouped(weights, importance, self.block_size)
         if self.symmetric:
-            return self._grid(best_scale(*groups, self.levels, _reach(self.bits)).view(rows, -1))
+            return self._grid(best_scale(*groups, self.levels, _reach(2.0 ** (self.bits - 1))).view(rows, -1))
         s, z = in_chunks(self._search, *groups)
         return self._grid(s.view(rows, -1), z.view(rows, -1))
 
@@ -72,7 +73,7 @@ class IntegerGrid(BlockFormat):
         low, top = low.clamp(max=0.0), top.clamp(min=0.0)
         found, offset = search_affine(x, imp, high, below_zero=True)
         middle = 2 ** (self.bits - 1)
-        even = search_scale(x, imp, Integers(-middle, middle - 1), _reach(self.bits), (0.5, 0.25))
+        even = search_scale(x, imp, Integers(-middle, middle - 1), _reach(2.0 ** (self.bits - 1)), (0.5, 0.25))
         best_s = best_z = error = torch.full_like(low, torch.inf)
         for s, lowest in (((top - low) / high, low), (found, offset), (even, -middle * even)):
             s = to_half(s)
@@ -111,7 +112,7 @@ class IntegerGrid(BlockFormat):
 
 
 @final
-class TernaryGrid(BlockFormat):
+class TernaryGrid(OneScale):
     """fp16 s | codes of 2 bits;  w = s·(q − 1), 0 ≤ q ≤ 2, in groups of any multiple of 4 weights, or whole rows."""
 
     ggml_type = None
@@ -126,28 +127,19 @@ class TernaryGrid(BlockFormat):
         self.block_bytes = 2 + group // 4
 
     def fit(self, weights: Tensor, importance: Tensor | None = None) -> Grid:
-        scale = to_half(best_ternary_scale(*grouped(weights, importance, self.block_size)))
-        return self._grid(scale.view(weights.shape[0], -1))
+        return self.rescaled(
+            best_ternary_scale(*grouped(weights, importance, self.block_size)).view(weights.shape[0], -1)
+        )
 
-    def rescaled(self, scale: Tensor) -> Grid:
-        return self._grid(to_half(scale))
+    def pack_codes(self, codes: Tensor) -> Tensor:
+        return pack_stream((codes + 1).view(torch.uint8), 2)
 
-    def _grid(self, s: Tensor) -> Grid:
-        return Grid(s, self.levels, group=self.block_size, fields=(s,))
-
-    def pack(self, codes: Tensor, grid: Grid) -> Tensor:
-        rows = codes.shape[0]
-        unsigned = (codes + 1).contiguous().view(torch.uint8).view(rows, -1, self.block_size)
-        return torch.cat([half_bytes(grid.fields[0]), pack_stream(unsigned, 2)], dim=2).view(rows, -1)
-
-    def unpack(self, blocks: Tensor) -> tuple[Tensor, Grid]:
-        parts = blocked(blocks, self.block_bytes)
-        codes = unpack_stream(parts[:, :, 2:].contiguous(), 2).view(torch.int8) - 1
-        return codes.view(blocks.shape[0], -1), self._grid(half_from_bytes(parts[:, :, :2]))
+    def unpack_codes(self, data: Tensor) -> Tensor:
+        return unpack_stream(data, 2).view(torch.int8) - 1
 
 
 @final
-class DenormalGrid(BlockFormat):
+class DenormalGrid(OneScale):
     """fp16 s | codes;  w = s·level, integers and ±½, in groups or whole rows: dINT (arXiv 2311.05161), where small
     weights are not lost to 0. Of 2^bits levels two are ±½, the others −2^(bits−1) + 1 … 2^(bits−1) − 2."""
 
@@ -163,31 +155,15 @@ class DenormalGrid(BlockFormat):
         self.block_bytes = 2 + group * bits // 8
         half = 2 ** (bits - 1)
         self.levels = Codebook((*map(float, range(1 - half, 0)), -0.5, 0.0, 0.5, *map(float, range(1, half - 1))))
+        self.reach = _reach(half - 1.0)
 
-    def fit(self, weights: Tensor, importance: Tensor | None = None) -> Grid:
-        groups = grouped(weights, importance, self.block_size)
-        end = 2.0 ** (self.bits - 1) - 1
-        reach = (-end, end, 1 - end, end - 1, -0.75 * end, 0.75 * end, -1.25 * end, 1.25 * end)
-        return self._grid(best_scale(*groups, self.levels, reach).view(weights.shape[0], -1))
+    def pack_codes(self, codes: Tensor) -> Tensor:
+        return pack_stream(codes, self.bits)
 
-    def rescaled(self, scale: Tensor) -> Grid:
-        return self._grid(to_half(scale))
-
-    def _grid(self, s: Tensor) -> Grid:
-        return Grid(s, self.levels, group=self.block_size, fields=(s,))
-
-    def pack(self, codes: Tensor, grid: Grid) -> Tensor:
-        rows = codes.shape[0]
-        data = pack_stream(codes.contiguous().view(rows, -1, self.block_size), self.bits)
-        return torch.cat([half_bytes(grid.fields[0]), data], dim=2).view(rows, -1)
-
-    def unpack(self, blocks: Tensor) -> tuple[Tensor, Grid]:
-        parts = blocked(blocks, self.block_bytes)
-        codes = unpack_stream(parts[:, :, 2:].contiguous(), self.bits)
-        return codes.view(blocks.shape[0], -1), self._grid(half_from_bytes(parts[:, :, :2]))
+    def unpack_codes(self, data: Tensor) -> Tensor:
+        return unpack_stream(data, self.bits)
 
 
-def _reach(bits: int) -> tuple[float, ...]:
-    """Where a symmetric search puts the largest weight: at the ends of the codes, a quarter short of them, beyond."""
-    end = 2.0 ** (bits - 1)
+def _reach(end: float) -> tuple[float, ...]:
+    """Where a symmetric search puts the largest weight: at either `end` of the codes, short of it, beyond."""
     return (-end, end, 1 - end, end - 1, -0.75 * end, 0.75 * end, -1.25 * end, 1.25 * end)
