@@ -234,3 +234,10 @@ def test_what_no_runtime_executes_is_for_evaluate(setting: str, says: str, tiny:
         "evaluate", tiny, "--recipe", recipe, "--set", "format=INT4_G32", "--chunks", 2, "--context", 64, "--json"
     )
     assert evaluated.code == 0 and json.loads(evaluated.out)["kl_divergence"] > 0
+
+
+def test_a_cache_that_nothing_would_look_at(tiny: Path, tmp_path: Path, command) -> None:
+    settings = ["--method", "rtn", "--set", "kv_cache={k: q8_0}", "--no-validate"]
+    done = command("quantize", tiny, "-o", tmp_path / "out", *settings)
+    assert done.code == 2 and "kv_cache does nothing" in " ".join(done.err.split())
+    assert not (tmp_path / "out").exists()

@@ -409,12 +409,14 @@ def _summary(result: RunReport, folder: Path) -> None:
             ("substitutes", f"{count} tensors are {used}: {wanted}'s blocks do not divide their rows")
             for (wanted, used), count in instead.items()
         ]
-        mine = [
-            (layer.tensor, layer.note) for layer in result.layers if layer.note and layer.artifact == artifact.format
-        ]
-        mine += [
-            (k["tensor"], f"kept as {k['type']}: {k['why']}") for k in result.kept if k["artifact"] == artifact.format
-        ]
+        noted: dict[str, list[str]] = {}
+        for layer in sorted(result.layers, key=lambda layer: layer.method == result.recipe["method"]):  # the odd first
+            if layer.note and layer.artifact == artifact.format:
+                noted.setdefault(layer.note, []).append(layer.tensor)
+        for each in result.kept:
+            if each["artifact"] == artifact.format:
+                noted.setdefault(f"kept as {each['type']}: {each['why']}", []).append(each["tensor"])
+        mine = [(names[0] if len(names) == 1 else f"{len(names)} tensors", note) for note, names in noted.items()]
         rows += mine[:5]
         if len(mine) > 5:
             rows.append(("", f"{len(mine) - 5} more notes in report.json"))

@@ -117,6 +117,8 @@ def run(
         raise UsageError(
             "method: rtn looks at no activations, so magr and activations would do nothing; leave them out."
         )
+    if recipe.method == "rtn" and recipe.kv_cache and not held:
+        raise UsageError("method: rtn looks at no keys and values; without --validate, kv_cache does nothing.")
     known = llamacpp.quantize_types()
     for name in recipe.formats:
         if name not in CARRIERS and known.get(name) is None:
@@ -449,6 +451,7 @@ def calibrate(
     clock.lap(None)
     _claim_embedding(model, plan)
     batches = calibration.enter(decoder, tokens, recipe.micro_batch)
+    (probe,) = calibration.enter(decoder, tokens[:1], 1)  # how a block rotates by position shows on any hidden states
     if recipe.held_out:
         _hold_out(batches, recipe.held_out)
     if passengers:
@@ -475,7 +478,7 @@ def calibrate(
         clock.lap("load")
         heads = None
         if recipe.couples_rows:
-            heads = read_attention(module, name, batches[0].x, batches[0].arguments[index])
+            heads = read_attention(module, name, probe.x, probe.arguments[index])
             if heads and recipe.attention_aware is None:  # nobody asked: no word on what it does not reach
                 heads = replace(heads, note="")
             clock.lap("forward")

@@ -134,6 +134,8 @@ class Recipe:
                 raise UsageError(f"{name} is for methods {', '.join(able)}; method is {self.method}.")
         if self.attention_aware and "quip" in self.online_names:
             raise UsageError("online: quip mixes the rows of heads, which attention_aware tells apart; leave one out.")
+        if self.match_lengths is not None and self.method == "rtn" and not self.transform_names:
+            raise UsageError("match_lengths is for calibration text, and method: rtn reads none; leave it out.")
         batches = -(-self.samples // self.micro_batch)
         if self.held_out and self.match_lengths is None and batches < round(1 / self.held_out):
             raise UsageError(
