@@ -97,6 +97,16 @@ def quantize(
     format: Annotated[
         str | None, _setting("format", "Types or mixes by llama.cpp's names, comma separated; a file for each.")
     ] = None,
+    artifact: Annotated[
+        str | None,
+        _setting(
+            "artifact",
+            "What to write, comma separated: gguf, onnx (onnxruntime-genai), onnx-js (transformers.js), onnx-plain.",
+        ),
+    ] = None,
+    accuracy_level: Annotated[
+        int | None, _setting("accuracy_level", "How ONNX multiplies: 4 with inputs rounded to int8, 0 in float.")
+    ] = None,
     override: Annotated[
         list[str] | None,
         typer.Option(help="Type of the tensors a glob fits; the first that fits counts.", metavar="GLOB=TYPE"),
@@ -154,7 +164,8 @@ def quantize(
     force: Annotated[bool, typer.Option("--force", help="Replace results in DIR.")] = False,
     llamacpp: LlamaCppOption = None,
 ) -> None:
-    """Quantize MODEL into DIR/<model>-<FORMAT>.gguf, one for each format, and DIR/report.json."""
+    """Quantize MODEL into DIR/<model>-<FORMAT>.gguf, one for each format, and DIR/report.json; ONNX models get folders
+    beside them."""
     given = {name: value for name, value in locals().items() if name in RECIPE_FIELDS and value is not None}
     given = dict(_setting_of(each) for each in settings or []) | given
     if override:
@@ -193,13 +204,54 @@ def _override(given: str) -> tuple[str, str]:
     return glob, kind
 
 
+@app.command()
+def convert(
+    file: Annotated[Path, typer.Argument(help="A quantized .gguf, ours or another.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the results.", metavar="DIR")],
+    artifact: Annotated[
+        str,
+        typer.Option(help="onnx (onnxruntime-genai), onnx-js (transformers.js), onnx-plain; comma separated."),
+    ] = "onnx",
+    accuracy_level: Annotated[
+        int, typer.Option(help="How ONNX multiplies: 4 with inputs rounded to int8, 0 in float.")
+    ] = 4,
+    like: Annotated[
+        str | None,
+        typer.Option(
+            help="Folder or hub id with its configuration and tokenizer; else read from FILE.", metavar="MODEL"
+        ),
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace results in DIR.")] = False,
+) -> None:
+    """Write FILE's own integers and scales as ONNX, into DIR/<its name>-<ARTIFACT>. Nothing is rounded again."""
+    from qronos_export.conversion import convert as run_conversion
+    from qronos_export.pipeline import Stage
+
+    layouts = [name.strip().lower() for name in artifact.split(",")]
+    rows: list[tuple[str, str]] = []
+    with _progress() as progress:
+        task = progress.add_task("start", total=None, detail="")
+        for event in run_conversion(file, output, layouts, accuracy_level=accuracy_level, like=like, force=force):
+            if isinstance(event, Stage):
+                progress.reset(task, total=event.steps, description=event.name, detail="")
+            else:
+                written, notes = event
+                rows += [
+                    ("model", str(output / written.path)),
+                    ("size", f"{written.bytes / 1e6:.1f} MB, {written.bits_per_weight:.3f} bits a weight"),
+                    *(("note", note) for note in notes),
+                ]
+        progress.remove_task(task)
+    _table(*rows)
+
+
 def _cache(k: str | None, v: str | None) -> dict[str, str]:
     return {which: kind for which, kind in (("k", k), ("v", v)) if kind is not None}
 
 
 @app.command()
 def validate(
-    file: Annotated[Path, typer.Argument(help="The quantized .gguf.")],
+    file: Annotated[Path, typer.Argument(help="The quantized .gguf, or an ONNX model or folder.")],
     reference: Annotated[str, typer.Option(help="Its float model: folder, hub id, .gguf or `demo`.")],
     text: TextOption = None,
     context: ContextOption = 512,
@@ -213,14 +265,18 @@ def validate(
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
     llamacpp: LlamaCppOption = None,
 ) -> None:
-    """Perplexity and KL divergence of FILE against its float model, in llama.cpp. Exits 1 when a limit is missed."""
+    """Perplexity and KL divergence of FILE against its float model: a GGUF in llama.cpp, ONNX in onnxruntime. Exits 1
+    when a limit is missed."""
     from qronos_export.llamacpp import find
-    from qronos_export.pipeline import Held, prove
+    from qronos_export.pipeline import Held, prove, prove_onnx
     from qronos_export.validation import Gate
 
     gate = Gate(max_kld, max_ppl_increase)
     held = Held(text, context, chunks, _cache(cache_type_k, cache_type_v))
-    result = prove(file, reference, held, llamacpp=find(llamacpp))
+    if file.suffix == ".onnx" or file.is_dir():
+        result = prove_onnx(file, reference, held)
+    else:
+        result = prove(file, reference, held, llamacpp=find(llamacpp))
     failures = gate.check(result)
     if as_json:
         typer.echo(json.dumps({**result.to_json(), "failures": failures, "passed": not failures}, indent=2))
@@ -230,7 +286,7 @@ def validate(
             ("  of the float model", f"{result.perplexity_reference:.4f} ({result.perplexity_increase:+.2f} %)"),
             ("KL divergence", f"{result.kl_divergence:.5f} ± {result.kl_divergence_error:.5f} nats"),
             ("same top token", f"{result.same_top:.2f} %"),
-            ("measured on", f"{result.chunks} chunks of {result.context} tokens, llama.cpp {result.llama_cpp}"),
+            ("measured on", f"{result.chunks} chunks of {result.context} tokens, {result.runtime}"),
             ("cache", f"keys {result.cache_k}, values {result.cache_v}"),
         )
     if failures:

@@ -28,7 +28,19 @@ from qronos_export.kv_cache import KVCache
 from qronos_export.layers import Destinations, Store, round_group
 from qronos_export.llamacpp import LlamaCpp
 from qronos_export.memory import give_back, peak_memory
-from qronos_export.plan import CARRIERS, Mix, Plan, check_overrides, check_types, mix, type_patterns
+from qronos_export.onnx_export import check_foreign, float_graph, onnx_folder, onnx_versions, write_onnx
+from qronos_export.onnx_validation import TorchReference
+from qronos_export.plan import (
+    CARRIERS,
+    FOREIGN,
+    Mix,
+    Plan,
+    check_overrides,
+    check_types,
+    is_foreign,
+    mix,
+    type_patterns,
+)
 from qronos_export.recipe import Recipe
 from qronos_export.report import Artifact, LayerReport, RunReport
 from qronos_export.rounding import ROUNDERS, Settings, blind
@@ -111,6 +123,10 @@ def run(
             raise UsageError(
                 f"kv_cache: {{{which}: {kind}}} is for `evaluate` alone: llama.cpp's cache has no such type."
             )
+    if recipe.kv_cache and "gguf" not in recipe.artifacts:
+        raise UsageError(
+            "kv_cache rounds keys and values as llama.cpp does, and ONNX models keep floats; leave it out."
+        )
     if recipe.online != "none":
         raise UsageError(f"online: {recipe.online} is for `evaluate` alone: llama.cpp rotates nothing while it runs.")
     if recipe.method == "rtn" and (recipe.magr or recipe.activations != "none"):
@@ -121,18 +137,25 @@ def run(
         raise UsageError("method: rtn looks at no keys and values; without --validate, kv_cache does nothing.")
     known = llamacpp.quantize_types()
     for name in recipe.formats:
-        if name not in CARRIERS and known.get(name) is None:
+        if is_foreign(name):
+            check_foreign(name, recipe)
+        elif name not in CARRIERS and known.get(name) is None:
             raise UsageError(
                 f"There is no type {name!r}; llama.cpp has {', '.join([*CARRIERS, *filter(known.get, known)])}."
             )
+    layouts = [each for each in recipe.artifacts if each != "gguf"]
+    versions = report.versions(llamacpp.version) | (onnx_versions() if layouts else {})
     checkpoint = open_checkpoint(recipe.model)
     recipe = matched(recipe, checkpoint)
     report_path = output / "report.json"
     paths = {name: output / f"{checkpoint.name}-{name}.gguf" for name in recipe.formats}
-    with workspace(output, [*paths.values(), report_path], force) as folder:
+    results = [path for path in paths.values() if "gguf" in recipe.artifacts]
+    results += [onnx_folder(path, layout) for path in paths.values() for layout in layouts]
+    with workspace(output, [*results, report_path], force) as folder:
         needed = 0 if checkpoint.float_gguf else stored_bytes(checkpoint)
         if recipe.transform_names:  # their checkpoints, and the last one's file
             needed += folded_bytes(recipe, checkpoint) + float_bytes(checkpoint)
+        needed += 2 * float_bytes(checkpoint) if layouts else 0  # the builder's graph, its embedding twice if tied
         check_space(folder, needed)
         text = held_out_file(held, folder) if held else None
         if held and text:
@@ -141,7 +164,7 @@ def run(
         result = RunReport(
             model={"name": checkpoint.name, "source": checkpoint.source, "revision": checkpoint.revision},
             recipe=replayable(recipe, checkpoint, device).to_json(),
-            versions=report.versions(llamacpp.version),
+            versions=versions,
             device=str(device),
         )
         if recipe.kv_cache:
@@ -154,6 +177,10 @@ def run(
             check_activations(recipe.activations, tensor, source.tensors[tensor].columns)
         if recipe.attention_aware:
             check_attention(LazyModel(checkpoint).blocks, checkpoint.name)
+        graph = None
+        if layouts:
+            yield Stage("onnx graph")
+            graph = float_graph(checkpoint, folder / "graph")
         names = recipe.transform_names
         if names:
             clock.lap("load")
@@ -169,6 +196,9 @@ def run(
             if names:
                 source = gguf.GGUFFile(float_file(checkpoint, llamacpp, folder / "transformed"))
                 mixes = [choose_types(source, name, recipe, llamacpp) for name in paths]
+                if graph:
+                    shutil.rmtree(folder / "graph")
+                    graph = float_graph(checkpoint, folder / "graph")
             clock.lap("transforms")
         result.recipe["transforms"] = ",".join(names) or "none"
         outputs = [
@@ -201,21 +231,35 @@ def run(
 
         yield Stage("write", len(outputs))
         clock.lap(None)
-        fresh = [folder / each.path.name for each in outputs]
-        for done, (each, file) in enumerate(zip(outputs, fresh, strict=True), start=1):
-            gguf.write_gguf(source, each.store, each.mix.file_type, file)
-            bits = gguf.verify_gguf(file, source, each.store).bits_per_weight
-            result.artifacts.append(Artifact(file.name, each.mix.name, file.stat().st_size, bits, report.sha256(file)))
+        for done, each in enumerate(outputs, start=1):
+            if "gguf" in recipe.artifacts:
+                file = folder / each.path.name
+                gguf.write_gguf(source, each.store, each.mix.file_type, file)
+                bits = gguf.verify_gguf(file, source, each.store).bits_per_weight
+                result.artifacts.append(
+                    Artifact(file.name, each.mix.name, file.stat().st_size, bits, report.sha256(file))
+                )
+            for layout in layouts:
+                assert graph is not None
+                folder_name = onnx_folder(each.path, layout).name
+                written, notes = write_onnx(
+                    graph, source, each.store, folder / folder_name, format=each.mix.name, layout=layout,
+                    level=recipe.accuracy_level,
+                )  # fmt: skip
+                result.artifacts.append(written)
+                result.notes += [note for note in notes if note not in result.notes]
             each.store.discard()
             yield Step(done)
-        for each, file in zip(outputs, fresh, strict=True):
-            file.replace(each.path)
+        for path in results:
+            if path.is_dir():
+                shutil.rmtree(path)
+            (folder / path.name).replace(path)
         clock.lap("write")
         result.seconds = {**clock.seconds, "total": time.perf_counter() - begun}
         result.peak_memory_bytes = peak_memory()
         result.write(report_path)
 
-        if held and text:
+        if held and text and "gguf" in recipe.artifacts:
             yield Stage("validate: float model")
             with Reference(
                 reference_file,
@@ -227,12 +271,28 @@ def run(
                 cache=Cache(**{**recipe.kv_cache, **held.cache}),
                 on_chunk=on_progress,
             ) as reference:
-                for each, artifact in zip(outputs, result.artifacts, strict=True):
-                    yield Stage(f"validate: {each.mix.name}")
-                    artifact.validation = reference.compare(each.path, on_chunk=on_progress).to_json()
+                for artifact in result.artifacts:
+                    if not artifact.path.endswith(".gguf"):
+                        continue
+                    yield Stage(f"validate: {artifact.format}")
+                    artifact.validation = reference.compare(output / artifact.path, on_chunk=on_progress).to_json()
                     clock.lap("validate")
                     result.seconds = {**clock.seconds, "total": time.perf_counter() - begun}
                     result.write(report_path)
+        if held and text and layouts:
+            yield Stage("validate: float model in torch")
+            measured = TorchReference(
+                original, text, device=device, context=held.context, chunks=held.chunks,
+                micro_batch=recipe.micro_batch, on_chunk=on_progress,
+            )  # fmt: skip
+            for artifact in result.artifacts:
+                if artifact.path.endswith(".gguf"):
+                    continue
+                yield Stage(f"validate: {artifact.path}")
+                artifact.validation = measured.compare(output / artifact.path, on_chunk=on_progress).to_json()
+                clock.lap("validate")
+                result.seconds = {**clock.seconds, "total": time.perf_counter() - begun}
+                result.write(report_path)
     yield Finished(result, output)
 
 
@@ -362,7 +422,7 @@ def matched(recipe: Recipe, checkpoint: Checkpoint) -> Recipe:
 
 def choose_types(source: gguf.GGUFFile, name: str, recipe: Recipe, llamacpp: LlamaCpp) -> Mix:
     """The types of the artifact `name`, as llama-quantize would choose them with the recipe's wishes."""
-    carrier, number = CARRIERS.get(name, (name, None))
+    carrier, number = FOREIGN if is_foreign(name) else CARRIERS.get(name, (name, None))
     options = [
         *(["--output-tensor-type", recipe.output_type.lower()] if recipe.output_type else []),
         *(["--token-embedding-type", recipe.embedding_type.lower()] if recipe.embedding_type else []),
@@ -385,6 +445,20 @@ def wishes(source: gguf.GGUFFile, recipe: Recipe) -> Callable[[str], bool]:
     if recipe.output_type:
         named.add(head if head in source.tensors else embedding)
     return lambda tensor: tensor in named or any(fnmatchcase(tensor, glob) for glob in recipe.overrides)
+
+
+def prove_onnx(
+    file: Path, reference: str, held: Held, *, on_progress: Callable[[int, int], None] | None = None
+) -> Validation:
+    """Measure the ONNX model `file`, a .onnx or a folder with one, against its float model `reference` in torch."""
+    if held.cache:
+        raise UsageError("--cache-type-k and -v are llama.cpp's; an ONNX model keeps keys and values in floats.")
+    with tempfile.TemporaryDirectory(prefix="qronos-export-") as scratch:
+        measured = TorchReference(
+            open_checkpoint(reference), held_out_file(held, Path(scratch)), device=pick_device("auto"),
+            context=held.context, chunks=held.chunks,
+        )  # fmt: skip
+        return measured.compare(file, on_chunk=on_progress)
 
 
 def prove(file: Path, reference: str, held: Held, *, llamacpp: LlamaCpp) -> Validation:

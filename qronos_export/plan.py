@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from formats import FORMATS, BlockFormat, find_format
+from formats import FORMATS, BlockFormat, FormatError, find_format
 from qronos_export.errors import PlanError, UsageError
 
 if TYPE_CHECKING:
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 CARRIERS = {"MXFP4": ("Q4_0", 38), "NVFP4": ("Q4_0", 39)}
 """Types that llama-quantize has no mix of for dense models: the mix whose plain type they replace, and the number that
 `general.file_type` says them by (llama.h: MOSTLY_MXFP4_MOE, MOSTLY_NVFP4)."""
+FOREIGN = ("Q4_0", 0)
+"""The same for types that no GGUF file holds."""
 
 
 @dataclass(frozen=True)
@@ -63,13 +65,14 @@ def mix(
     Raises PlanError for a type we do not have and where nothing would be quantized.
     """
     types, substitutes = dict(types), dict(substitutes)
-    if name in CARRIERS:
-        carrier, _ = CARRIERS[name]
+    if name in CARRIERS or is_foreign(name):
+        carrier, _ = CARRIERS.get(name, FOREIGN)
         substitutes = {t: name if meant == carrier and not wished(t) else meant for t, meant in substitutes.items()}
         for tensor in [t for t, planned in types.items() if planned == carrier]:
             if wished(tensor) or tensor in substitutes:
                 continue
-            if file.tensors[tensor].columns % FORMATS[name].block_size:
+            columns = file.tensors[tensor].columns
+            if columns % find_format(name, columns).block_size:
                 substitutes[tensor] = name
             else:
                 types[tensor] = name
@@ -85,20 +88,21 @@ def _quantized(file: GGUFFile, types: Mapping[str, str], format: str) -> list[st
             raise PlanError(f"llama-quantize's plan for {format} does not mention {name} of {file.path}.")
         if planned == tensor.type:
             continue
-        if planned not in FORMATS:
+        if planned not in FORMATS and not is_foreign(planned):
             raise PlanError(
                 f"{format} stores {name} as {planned}, which this version cannot write; "
                 f"it has {', '.join(_storable())}. Choose a --format made of these, or an --override for this tensor."
             )
-        if tensor.columns % FORMATS[planned].block_size:
+        block_size = find_format(planned, tensor.columns).block_size
+        if tensor.columns % block_size:
             raise PlanError(
                 f"{name} cannot be {planned}: its rows of {tensor.columns} weights do not divide into blocks of "
-                f"{FORMATS[planned].block_size}. Choose a type with smaller blocks for it."
+                f"{block_size}. Choose a type with smaller blocks for it."
             )
         names.append(name)
     if format in FORMATS and FORMATS[format].is_float:
         raise PlanError(f"{format} is a float type; choose a --format that quantizes, see `qronos-export formats`.")
-    if all(FORMATS[types[name]].is_float for name in names):
+    if all(types[name] in FORMATS and FORMATS[types[name]].is_float for name in names):
         columns = sorted({tensor.columns for tensor in file.tensors.values() if len(tensor.shape) > 1})
         raise PlanError(
             f"{format} would quantize nothing of this model: its rows of {', '.join(map(str, columns))} weights do not "
@@ -153,6 +157,14 @@ def check_overrides(mix: Mix, overrides: Mapping[str, str]) -> None:
             else "overrides before it take all tensors that it fits"
         )
         raise PlanError(f"Override {glob}={kind} would change nothing of {mix.name}: {why}.")
+
+
+def is_foreign(name: str) -> bool:
+    """Whether `name` is a type of ours that no GGUF file can hold, such as INT4_G128 or MXINT8."""
+    try:
+        return find_format(name, 256).ggml_type is None
+    except FormatError:
+        return False
 
 
 def _storable() -> list[str]:

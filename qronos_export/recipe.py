@@ -17,6 +17,8 @@ TRANSFORMS = ("hadamard", "hadamard-r2", "spinquant", "smoothquant", "awq", "aqa
 ACTIVATIONS = ("none", "llama.cpp", "q8_0", "q8_k", "int8", "int4", "mxfp4", "mxfp8")
 ONLINE = ("r3", "r4", "quip")
 CACHES = ("f16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl", "int8", "int4")
+ARTIFACTS = ("gguf", "onnx", "onnx-js", "onnx-plain")
+ACCURACY_LEVELS = (0, 4)
 ORDERS = ("natural", "descending", "blocks", "min_pivot")
 
 
@@ -27,6 +29,9 @@ class Recipe:
     model:            folder with config.json and safetensors, hub id, float .gguf, or `demo`.
     format:           types or mixes by llama.cpp's names, comma separated, e.g. Q4_0 or Q4_0,Q4_K_M; a file for each.
     overrides:        globs of GGUF tensor names -> type; the first that fits counts.
+    artifact:         what is written, comma separated: gguf, onnx (onnxruntime-genai), onnx-js (transformers.js),
+                      onnx-plain (standard operators); all from one calibration, with the same numbers.
+    accuracy_level:   how onnx and onnx-js multiply: 4 with inputs rounded to int8, 0 in float.
     output_type, embedding_type: type of the output matrix and of the token embedding; None leaves them to llama.cpp.
     pure:             one type for all tensors instead of llama.cpp's mix.
     transforms:       done to the weights before, in this order, comma separated: hadamard, hadamard-r2, spinquant,
@@ -62,6 +67,8 @@ class Recipe:
 
     model: str
     format: str = "Q4_0"
+    artifact: str = "gguf"
+    accuracy_level: int = 4
     overrides: dict[str, str] = field(default_factory=dict)
     output_type: str | None = None
     embedding_type: str | None = None
@@ -91,6 +98,12 @@ class Recipe:
     def __post_init__(self) -> None:
         if not all(self.formats) or len(set(self.formats)) < len(self.formats):
             raise UsageError(f"format is {self.format!r}; expected names such as Q4_0 or Q4_0,Q4_K_M, each once.")
+        for name in self.artifacts:
+            _one_of("artifact", name, ARTIFACTS)
+        if len(set(self.artifacts)) < len(self.artifacts):
+            raise UsageError(f"artifact is {self.artifact!r}; expected each once.")
+        if self.accuracy_level not in ACCURACY_LEVELS:
+            raise UsageError(f"accuracy_level is {self.accuracy_level}; expected 0 (float) or 4 (int8 inputs).")
         _one_of("method", self.method, METHODS)
         if self.transforms not in ("none", "auto"):
             for name in self.transform_names:
@@ -154,6 +167,10 @@ class Recipe:
     @property
     def formats(self) -> list[str]:
         return [name.strip().upper() for name in self.format.split(",")]
+
+    @property
+    def artifacts(self) -> list[str]:
+        return [name.strip().lower() for name in self.artifact.split(",")]
 
     @property
     def online_names(self) -> list[str]:

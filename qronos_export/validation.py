@@ -59,16 +59,21 @@ class Validation:
     context: int
     chunks: int
     text_sha256: str
-    llama_cpp: str
+    llama_cpp: str | None
     cache_k: str = "f16"
     cache_v: str = "f16"
+    onnxruntime: str | None = None
+
+    @property
+    def runtime(self) -> str:
+        return f"llama.cpp {self.llama_cpp}" if self.onnxruntime is None else f"onnxruntime {self.onnxruntime}"
 
     @property
     def perplexity_increase(self) -> float:
         """Percent of the reference's perplexity: 2.5 where 10 became 10.25."""
         return 100 * (self.perplexity / self.perplexity_reference - 1)
 
-    def to_json(self) -> dict[str, float | int | str]:
+    def to_json(self) -> dict[str, float | int | str | None]:
         return asdict(self)
 
 

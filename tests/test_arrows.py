@@ -17,6 +17,9 @@ OUTSIDE = {  # third-party packages, and the only places that may import them
     "tokenizers": ("qronos_export/checkpoint/",),
     "huggingface_hub": ("qronos_export/checkpoint/",),
     "gguf": ("qronos_export/artifact/gguf.py",),
+    "onnx": ("qronos_export/artifact/onnx_",),
+    "onnxruntime": ("qronos_export/artifact/onnx_session.py",),
+    "onnxruntime_genai": ("qronos_export/artifact/onnx_builder.py",),
     "datasets": ("qronos_export/corpus.py",),
     "greenlet": ("qronos_export/suspended.py",),
     "lm_eval": ("qronos_export/tasks.py",),
@@ -27,12 +30,15 @@ OUTSIDE = {  # third-party packages, and the only places that may import them
 }
 LEAVES = {"errors", "cache", "memory", "statistics", "process"}  # anyone may import these; they import one another only
 INSIDE = {  # a module of qronos_export, and what else of qronos_export it may import
-    "cli": {"evaluation", "pipeline", "recipe", "report", "llamacpp", "llamacpp_build", "validation", ""},
+    "cli": {"conversion", "evaluation", "pipeline", "recipe", "report", "llamacpp", "llamacpp_build", "validation", ""},
     "__main__": {"cli"},
     "pipeline": {
         "activations", "artifact", "attention", "calibration", "checkpoint", "corpus", "kv_cache", "layers", "llamacpp",
-        "plan", "recipe", "report", "rounding", "transformed", "validation",
+        "onnx_export", "onnx_validation", "plan", "recipe", "report", "rounding", "transformed", "validation",
     },
+    "conversion": {"artifact", "checkpoint", "onnx_export", "pipeline", "recipe", "report"},
+    "onnx_export": {"artifact", "checkpoint", "recipe", "report"},
+    "onnx_validation": {"artifact", "calibration", "checkpoint", "corpus", "validation"},
     "evaluation": {
         "activations", "artifact", "attention", "calibration", "checkpoint", "corpus", "layers", "online", "pipeline",
         "plan", "recipe", "suspended", "tasks", "transformed",
@@ -87,6 +93,8 @@ def violations(path: str, source: str) -> list[str]:
                 "activations",
                 "evaluation",
                 "kv_cache",
+                "conversion",
+                "onnx_export",
             }
         elif top == "qronos_export":
             reachable = LEAVES if own in LEAVES or own == "__init__" else LEAVES | INSIDE.get(own, set()) | {own}

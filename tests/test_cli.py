@@ -29,7 +29,7 @@ def test_help_imports_nothing_heavy() -> None:
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.strip().endswith("[]"), done.stdout
-    for command in ("quantize", "validate", "formats", "llamacpp"):
+    for command in ("quantize", "convert", "validate", "formats", "llamacpp"):
         assert command in done.stdout
 
 

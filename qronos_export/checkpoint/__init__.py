@@ -5,6 +5,7 @@ weights that are already quantized and code that comes with a checkpoint (unless
 """
 
 from .attention import head_sizes, round_cache
+from .from_gguf import unpack
 from .lazy import LazyModel, load_whole
 from .source import Checkpoint, open_checkpoint
 from .tokens import opening_token, tokenizer
@@ -20,4 +21,5 @@ __all__ = [
     "opening_token",
     "round_cache",
     "tokenizer",
+    "unpack",
 ]

@@ -50,11 +50,27 @@ def float_folder(gguf: Path) -> tuple[torch.dtype, Path]:
     return dtype, built_once(cache_folder() / "from-gguf" / content, save)
 
 
-def read_model(gguf: Path) -> PreTrainedModel:
-    """The model in float32, dequantized where it must be. Raises CheckpointError."""
+def unpack(gguf: Path, folder: Path, like: Path | None = None) -> None:
+    """Write `gguf`, quantized or not, to `folder` as a float32 checkpoint of the values it holds.
+
+    like: a checkpoint's folder whose configuration and tokenizer to take; transformers reads neither back in full.
+    Raises CheckpointError.
+    """
+    model = read_model(gguf, like)
+    if like is None:
+        tokenizer = read_tokenizer(gguf)
+    else:
+        with quiet():
+            tokenizer = AutoTokenizer.from_pretrained(like)
+    save_folder(model, tokenizer, folder)
+
+
+def read_model(gguf: Path, like: Path | None = None) -> PreTrainedModel:
+    """The model in float32, dequantized where it must be; with the configuration in folder `like`, where that is given.
+    Raises CheckpointError."""
     try:
         with quiet():
-            config = AutoConfig.from_pretrained(gguf.parent, gguf_file=gguf.name)
+            config = AutoConfig.from_pretrained(like or gguf.parent, **({} if like else {"gguf_file": gguf.name}))
             with parameters_on_meta():
                 model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
             # Not from_pretrained(gguf_file=...): its models carry a quantizer, and save_pretrained refuses them.

@@ -1,0 +1,97 @@
+"""Numbers of an ONNX model in a file beside it: written one after another, read back without loading the rest."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import numpy as np
+import onnx
+from onnx import TensorProto
+from torch import Tensor
+
+from qronos_export.errors import ArtifactError
+
+_INLINE = 1024  # bytes up to which an initializer stays in the model itself
+_ALIGNMENT = 64
+
+
+class DataFile:
+    """The data file of a model on its way; its name goes into every initializer."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __enter__(self) -> Self:
+        self._file = self.path.open("wb")
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._file.close()
+
+    def put(
+        self, name: str, numbers: np.ndarray | Tensor, dims: Sequence[int] | None = None, kind: int | None = None
+    ) -> TensorProto:
+        """Write `numbers` and return the initializer `name` for them; with `dims` and `kind` where ONNX reads their
+        bytes as numbers of another type (two of 4 bits in each)."""
+        array = np.ascontiguousarray(numbers.numpy() if isinstance(numbers, Tensor) else numbers)
+        tensor = TensorProto(name=name, dims=array.shape if dims is None else dims)
+        tensor.data_type = onnx.helper.np_dtype_to_tensor_dtype(array.dtype) if kind is None else kind
+        if array.nbytes <= _INLINE:
+            tensor.raw_data = array.tobytes()
+            return tensor
+        self._file.write(bytes(-self._file.tell() % _ALIGNMENT))
+        tensor.data_location = TensorProto.EXTERNAL
+        for key, value in (("location", self.path.name), ("offset", self._file.tell()), ("length", array.nbytes)):
+            tensor.external_data.add(key=key, value=str(value))
+        array.tofile(self._file)
+        return tensor
+
+
+def renamed(tensor: TensorProto, name: str, dims: Sequence[int]) -> TensorProto:
+    """Another initializer of the same bytes, which are not written again."""
+    other = TensorProto()
+    other.CopyFrom(tensor)
+    other.name = name
+    del other.dims[:]
+    other.dims.extend(dims)
+    return other
+
+
+def read(tensor: TensorProto, folder: Path) -> np.ndarray:
+    """The numbers of an initializer of a model in `folder`; large ones are mapped. Of less than a byte come bytes.
+
+    Raises ArtifactError where the file beside the model is missing or too short.
+    """
+    packed = tensor.data_type in (TensorProto.INT4, TensorProto.UINT4, TensorProto.INT2, TensorProto.UINT2)
+    dtype = np.dtype(np.uint8) if packed else onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)
+    shape = (-1,) if packed else tuple(tensor.dims)
+    if tensor.data_location != TensorProto.EXTERNAL:
+        return np.frombuffer(tensor.raw_data, dtype).copy() if packed else onnx.numpy_helper.to_array(tensor).copy()
+    place = {entry.key: entry.value for entry in tensor.external_data}
+    check(tensor, folder)
+    offset, length = int(place.get("offset", 0)), int(place["length"])
+    found = np.memmap(folder / place["location"], dtype, mode="c", offset=offset, shape=(length // dtype.itemsize,))
+    return found.reshape(shape)
+
+
+def check(tensor: TensorProto, folder: Path) -> None:
+    """Raises ArtifactError where the numbers of an initializer of a model in `folder` are not where they should be."""
+    if tensor.data_location != TensorProto.EXTERNAL:
+        return
+    place = {entry.key: entry.value for entry in tensor.external_data}
+    path = folder / place["location"]
+    if not path.resolve().is_relative_to(folder.resolve()):
+        raise ArtifactError(
+            f"{tensor.name} is to be read from {place['location']}, outside of {folder}; that is refused."
+        )
+    if not path.is_file():
+        raise ArtifactError(
+            f"{path} is missing: it holds the weights of the model beside it. Copy both files together."
+        )
+    if path.stat().st_size < int(place.get("offset", 0)) + int(place.get("length", 0)):
+        raise ArtifactError(f"{path} ends inside {tensor.name}: the file is truncated. Copy it again.")

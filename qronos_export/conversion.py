@@ -1,0 +1,81 @@
+"""A quantized GGUF file, ours or anyone's, as ONNX with the very same integers and scales. Nothing is rounded again."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from formats import FORMATS
+from qronos_export.artifact.gguf import GGUFFile
+from qronos_export.artifact.onnx_builder import check_packages
+from qronos_export.checkpoint import open_checkpoint, unpack
+from qronos_export.errors import CheckpointError, UsageError
+from qronos_export.onnx_export import float_graph, onnx_folder, write_onnx
+from qronos_export.pipeline import Stage, check_space, workspace
+from qronos_export.recipe import ACCURACY_LEVELS, ARTIFACTS
+from qronos_export.report import Artifact
+
+
+def convert(
+    file: Path,
+    output: Path,
+    layouts: Sequence[str],
+    *,
+    accuracy_level: int = 4,
+    like: str | None = None,
+    force: bool = False,
+) -> Iterator[Stage | tuple[Artifact, list[str]]]:
+    """Write `file` as `output`/<its name>-<layout>, one folder for each of `layouts`; ends with their lines and notes.
+
+    like: MODEL whose configuration and tokenizer to take; otherwise what transformers reads out of the file.
+
+    Raises UsageError for what cannot be converted, CheckpointError for a file that transformers cannot read back.
+    """
+    check_packages()
+    if odd := [each for each in layouts if each not in ARTIFACTS or each == "gguf"]:
+        raise UsageError(f"--artifact is {odd[0]!r}; expected {', '.join(ARTIFACTS[1:])}.")
+    if accuracy_level not in ACCURACY_LEVELS:
+        raise UsageError(f"--accuracy-level is {accuracy_level}; expected 0 (float) or 4 (int8 inputs).")
+    if not file.is_file():
+        raise UsageError(f"{file} does not exist; give the quantized .gguf.")
+    source = GGUFFile(file)
+    _check(source)
+    folders = [onnx_folder(output / file.name, layout) for layout in layouts]
+    with workspace(output, folders, force) as folder:
+        yield Stage("read")
+        pattern = open_checkpoint(like).folder if like else None
+        floats = 4 * sum(tensor.rows * tensor.columns for tensor in source.tensors.values())
+        check_space(folder, 3 * floats)  # the checkpoint, the builder's graph, ours
+        try:
+            unpack(file, folder / file.stem, pattern)
+        except CheckpointError as error:
+            if like:
+                raise
+            raise CheckpointError(
+                f"{error} Or name a MODEL of the same configuration and tokenizer by --like."
+            ) from error
+        yield Stage("onnx graph")
+        graph = float_graph(open_checkpoint(str(folder / file.stem)), folder / "graph")
+        yield Stage("write", len(layouts))
+        for place in folders:
+            layout = place.name.removeprefix(f"{file.stem}-")
+            written = write_onnx(
+                graph, source, None, folder / place.name, format=file.stem, layout=layout, level=accuracy_level
+            )
+            if place.is_dir():
+                shutil.rmtree(place)
+            (folder / place.name).replace(place)
+            yield written
+
+
+def _check(source: GGUFFile) -> None:
+    """Raises UsageError for tensors we cannot read."""
+    for name, tensor in source.tensors.items():
+        if tensor.type not in FORMATS:
+            raise UsageError(f"{name} of {source.path} is {tensor.type}, which has no exact form in ONNX.")
+        if name.endswith(".scale"):
+            raise UsageError(
+                f"{source.path} keeps {name} beside its blocks, which transformers does not read; "
+                "have `quantize --artifact onnx` write both."
+            )

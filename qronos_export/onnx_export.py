@@ -1,0 +1,72 @@
+"""ONNX models of a run: whether they can be, the graph, the folder, and how good they are.
+
+The packages of the extra `onnx` are imported inside functions; everything else works without them.
+"""
+
+from __future__ import annotations
+
+import json
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from formats import find_format
+from qronos_export import report
+from qronos_export.artifact.gguf import BlockStore, GGUFFile
+from qronos_export.artifact.onnx_blocks import container
+from qronos_export.artifact.onnx_builder import build_float, check_packages
+from qronos_export.checkpoint import Checkpoint
+from qronos_export.errors import UsageError
+from qronos_export.recipe import Recipe
+from qronos_export.report import Artifact
+
+if TYPE_CHECKING:
+    from qronos_export.artifact.onnx_package import Blocks
+
+
+def onnx_versions() -> dict[str, str]:
+    """Of the packages that an ONNX model is made with."""
+    check_packages()
+    return {name: version(name) for name in ("onnx", "onnxruntime", "onnxruntime-genai")}
+
+
+def onnx_folder(gguf: Path, layout: str) -> Path:
+    """Where the ONNX model that goes with a GGUF file lies."""
+    return gguf.with_name(f"{gguf.stem}-{layout}")
+
+
+def check_foreign(name: str, recipe: Recipe) -> None:
+    """Raises UsageError unless a type that no GGUF file holds can be written as the recipe wants."""
+    if "gguf" in recipe.artifacts:
+        raise UsageError(f"--format {name} is no type of GGUF; use --artifact onnx, or another type.")
+    if container(find_format(name, 256)) is None:
+        raise UsageError(
+            f"--format {name}: no integers of ONNX hold it exactly, see docs/method.md; choose another type."
+        )
+    if recipe.activations == "llama.cpp":
+        raise UsageError(f"activations: llama.cpp has no kernel for {name}, whose inputs it could round; use q8_0.")
+
+
+def float_graph(checkpoint: Checkpoint, folder: Path) -> Path:
+    """The builder's model.onnx of `checkpoint`, in `folder`. Raises UsageError for models it does not know."""
+    return build_float(checkpoint.folder, _architecture(checkpoint), folder)
+
+
+def _architecture(checkpoint: Checkpoint) -> str:
+    config = json.loads((checkpoint.folder / "config.json").read_text(encoding="utf-8"))
+    return (config.get("architectures") or [config["model_type"]])[0]
+
+
+def write_onnx(
+    graph: Path, source: GGUFFile, blocks: BlockStore | None, folder: Path, *, format: str, layout: str, level: int
+) -> tuple[Artifact, list[str]]:
+    """Write the model with the float graph `graph` to `folder`, its blocks from a run's store, or without one from
+    `source` itself. The report's line has bytes of the whole folder and sha256 of the data file; then notes."""
+    from qronos_export.artifact.onnx_package import OfFile, OfRun, write_package
+
+    taken: Blocks = OfFile(source) if blocks is None else OfRun(source, blocks)
+    package = write_package(graph, source, taken, folder, layout=layout, accuracy_level=level)
+    weights = sum(tensor.rows * tensor.columns for tensor in source.tensors.values())
+    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    bits = 8 * package.data.stat().st_size / weights
+    return Artifact(folder.name, format, size, bits, report.sha256(package.data)), package.notes

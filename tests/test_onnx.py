@@ -1,0 +1,216 @@
+"""ONNX holds what the blocks hold: every format through a real onnxruntime, on a graph of a lookup and a product."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx import TensorProto
+from onnx.helper import make_graph, make_model, make_node, make_opsetid, make_tensor_value_info
+from onnxruntime import InferenceSession
+from torch import Tensor
+
+from formats import FORMATS, BlockFormat, find_format
+from qronos_export.artifact.onnx_blocks import container
+from qronos_export.artifact.onnx_data import DataFile, read
+from qronos_export.artifact.onnx_genai import GenAI
+from qronos_export.artifact.onnx_graph import IR_VERSION, Opened, Piece, Style, rewritten
+from qronos_export.artifact.onnx_session import Session
+from qronos_export.errors import ArtifactError, UsageError
+
+GRIDS = [
+    "INT4_G128",
+    "INT8_G16",
+    "INT2_G32",
+    "UINT4_G64",
+    "UINT2_G256",
+    "UINT8_G128",
+    "INT3_G32",
+    "TERNARY_G64",
+    "INT4",
+]
+NAMES = [*(name for name, fmt in FORMATS.items() if container(fmt)), *GRIDS, "DINT4_G32"]
+COLUMNS, ROWS, VOCABULARY = 512, 24, 40
+
+
+def weights(rows: int, columns: int = COLUMNS) -> Tensor:
+    """Uneven in size, with a block of zeros and one of a single value, which has a minimum and no scale."""
+    drawn = torch.randn(rows, columns, generator=torch.Generator().manual_seed(rows))
+    drawn *= torch.logspace(-2, 1, rows)[:, None]
+    drawn[0, :256], drawn[1, :256] = 0.0, -0.75
+    return drawn
+
+
+def piece(fmt: BlockFormat, key: str, blocks: Tensor) -> Piece:
+    shape = len(blocks), blocks.shape[1] // fmt.block_bytes * fmt.block_size
+    return Piece(key, fmt, shape, lambda: blocks)
+
+
+@pytest.fixture
+def floats(tmp_path: Path) -> Opened:
+    """ids → rows of a table → table · weightᵀ, in float, as the builder writes it."""
+    path = tmp_path / "float.onnx"
+    with DataFile(tmp_path / "float.onnx.data") as data:
+        initializers = [
+            data.put("table", np.zeros((VOCABULARY, COLUMNS), np.float32)),
+            data.put("weight", np.zeros((COLUMNS, ROWS), np.float32)),
+        ]
+    nodes = [make_node("Gather", ["table", "ids"], ["x"]), make_node("MatMul", ["x", "weight"], ["y"])]
+    ids = make_tensor_value_info("ids", TensorProto.INT64, ["batch", "length"])
+    outputs = [make_tensor_value_info(name, TensorProto.FLOAT, None) for name in "xy"]
+    graph = make_graph(nodes, "g", [ids], outputs, initializers)
+    onnx.save(make_model(graph, opset_imports=[make_opsetid("", 21)], ir_version=IR_VERSION), path)
+    return Opened(path)
+
+
+def written(floats: Opened, style: Callable[[DataFile], Style], **pieces: list[Piece]) -> tuple[Path, Style]:
+    path = floats.folder / "model.onnx"
+    with DataFile(floats.folder / "model.onnx.data") as data:
+        chosen = style(data)
+        onnx.save(rewritten(floats, pieces, chosen), path)
+    return path, chosen
+
+
+def terms(fmt: BlockFormat, blocks: Tensor) -> Tensor:
+    """The sum of the magnitudes that a weight is made of."""
+    held = container(fmt)
+    if held is None:
+        return fmt.dequantize(blocks).abs().double()
+    parts = held.pack(blocks)
+    found = 2**held.bits * parts.scales.abs().repeat_interleave(held.block, dim=1)
+    return (found if parts.offsets is None else found + parts.offsets.abs().repeat_interleave(held.group, 1)).double()
+
+
+def exact(data: DataFile) -> Style:
+    return GenAI(data, accuracy_level=0)
+
+
+def outputs(path: Path, ids: Tensor) -> tuple[Tensor, Tensor]:
+    found = InferenceSession(path, providers=["CPUExecutionProvider"]).run(["x", "y"], {"ids": ids.numpy()})
+    return torch.from_numpy(found[0]), torch.from_numpy(found[1])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_container_holds_every_value_bit_for_bit(name: str) -> None:
+    fmt = find_format(name, COLUMNS)
+    held = container(fmt)
+    assert held is not None
+    blocks = fmt.quantize(weights(ROWS))
+    assert torch.equal(held.values(held.pack(blocks)), fmt.dequantize(blocks))
+    assert torch.equal(held.values(held.pack(blocks, factor=0.25)), fmt.dequantize(blocks) / 4)
+
+
+@pytest.mark.parametrize("name", ["MXFP8_E4M3", "MXFP8_E5M2", "MXFP6_E3M2", "INT4_G8", "INT4_G24", "DINT8_G32", "F16"])
+def test_what_no_integers_hold_has_no_container(name: str) -> None:
+    assert container(find_format(name, COLUMNS)) is None
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_onnxruntime_computes_with_the_values_of_the_blocks(floats: Opened, name: str) -> None:
+    """Lookups to the bit, products but for float32's rounding of their terms, which are code, zero point and offset."""
+    fmt = find_format(name, COLUMNS)
+    table, weight = fmt.quantize(weights(VOCABULARY)), fmt.quantize(weights(ROWS))
+    path, style = written(floats, exact, table=[piece(fmt, "table", table)], weight=[piece(fmt, "weight", weight)])
+    ids = torch.arange(VOCABULARY).view(2, -1)
+    x, y = outputs(path, ids)
+    assert torch.equal(x, fmt.dequantize(table)[ids])
+    value = fmt.dequantize(weight).double()
+    assert ((y - x.double() @ value.T).abs() <= 1e-6 * x.double().abs() @ terms(fmt, weight).T).all()
+    for each in (piece(fmt, "table", table), piece(fmt, "weight", weight)):
+        style.verify(each)
+
+
+def test_rows_of_several_types_are_several_products_in_their_order(floats: Opened) -> None:
+    """As in a fused q, k, v of a mix, one of them in a type that no integers hold."""
+    kinds = ("Q4_K", "Q6_K", "MXFP8_E4M3")
+    parts = [find_format(kind, COLUMNS) for kind in kinds]
+    blocks = [fmt.quantize(rows) for fmt, rows in zip(parts, weights(ROWS).split(ROWS // 3), strict=True)]
+    table = weights(VOCABULARY)
+    f32 = FORMATS["F32"]
+    path, _ = written(
+        floats, exact,
+        table=[piece(f32, "table", f32.quantize(table))],
+        weight=[piece(fmt, kind, block) for fmt, kind, block in zip(parts, kinds, blocks, strict=True)],
+    )  # fmt: skip
+    ids = torch.tensor([[3, 39, 3]])
+    x, y = outputs(path, ids)
+    assert torch.equal(x, table[ids])
+    value = torch.cat([fmt.dequantize(block) for fmt, block in zip(parts, blocks, strict=True)]).double()
+    size = torch.cat([terms(fmt, block) for fmt, block in zip(parts, blocks, strict=True)])
+    assert ((y - x.double() @ value.T).abs() <= 1e-6 * x.double().abs() @ size.T).all()
+
+
+def test_a_tied_head_takes_no_bytes_of_its_own(floats: Opened, tmp_path: Path) -> None:
+    fmt = FORMATS["Q4_0"]
+    blocks = fmt.quantize(weights(ROWS))
+    same = [piece(fmt, "one", blocks)]
+    written(floats, exact, table=same, weight=same)
+    tied = (tmp_path / "model.onnx.data").stat().st_size
+    written(floats, exact, table=[piece(fmt, "two", blocks)], weight=same)
+    assert (tmp_path / "model.onnx.data").stat().st_size >= 2 * tied - 64
+
+
+def test_verify_sees_one_flipped_bit(floats: Opened, tmp_path: Path) -> None:
+    fmt = FORMATS["Q4_0"]
+    mine = piece(fmt, "weight", fmt.quantize(weights(ROWS)))
+    _, style = written(floats, exact, table=[piece(fmt, "t", fmt.quantize(weights(VOCABULARY)))], weight=[mine])
+    style.verify(mine)
+    tensor = style.initializers["weight_Q4"]
+    offset = next(int(entry.value) for entry in tensor.external_data if entry.key == "offset")
+    with (tmp_path / "model.onnx.data").open("r+b") as file:
+        file.seek(offset + 1000)
+        byte = file.read(1)[0]
+        file.seek(offset + 1000)
+        file.write(bytes([byte ^ 16]))
+    with pytest.raises(ArtifactError, match="does not hold the values of 'weight'"):
+        style.verify(mine)
+
+
+def test_accuracy_level_4_rounds_inputs_and_0_does_not(floats: Opened) -> None:
+    fmt = FORMATS["Q4_0"]
+    pieces = {
+        "table": [piece(fmt, "table", fmt.quantize(weights(VOCABULARY)))],
+        "weight": [piece(fmt, "weight", fmt.quantize(weights(ROWS)))],
+    }
+    ids = torch.arange(VOCABULARY)[None]
+    _, plain = outputs(written(floats, exact, **pieces)[0], ids)
+    _, rounded = outputs(written(floats, lambda data: GenAI(data, accuracy_level=4), **pieces)[0], ids)
+    error = float((rounded - plain).norm() / plain.norm())
+    assert 1e-4 < error < 2e-2  # int8 in blocks: a quarter of a percent each, less together
+
+
+def test_missing_and_short_data_are_named(floats: Opened, tmp_path: Path) -> None:
+    (tmp_path / "float.onnx.data").write_bytes(b"short")
+    with pytest.raises(ArtifactError, match=r"float\.onnx\.data ends inside table: the file is truncated"):
+        read(floats.tensors["table"], tmp_path)
+    (tmp_path / "float.onnx.data").unlink()
+    with pytest.raises(ArtifactError, match=r"float\.onnx\.data is missing: it holds the weights"):
+        Session(tmp_path / "float.onnx")
+    for entry in floats.tensors["table"].external_data:
+        if entry.key == "location":
+            entry.value = "../elsewhere"
+    with pytest.raises(ArtifactError, match=r"read from \.\./elsewhere, outside of"):
+        read(floats.tensors["table"], tmp_path)
+
+
+def test_what_onnxruntime_cannot_run_is_refused_with_its_opset(floats: Opened, tmp_path: Path) -> None:
+    model = onnx.load(tmp_path / "float.onnx", load_external_data=False)
+    model.opset_import[0].version = 99
+    onnx.save(model, tmp_path / "new.onnx")
+    with pytest.raises(ArtifactError, match=r"cannot run .*new\.onnx, of opset ai\.onnx 99 and IR"):
+        Session(tmp_path / "new.onnx")
+    (tmp_path / "no.onnx").write_bytes(b"\x00not a model")
+    with pytest.raises(ArtifactError, match=r"no\.onnx cannot be read as ONNX"):
+        Session(tmp_path / "no.onnx")
+    with pytest.raises(ArtifactError, match=r"no decoder with input_ids and logits; its inputs are ids"):
+        Session(tmp_path / "float.onnx")
+
+
+def test_packages_that_are_missing_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qronos_export.artifact.onnx_builder.find_spec", lambda name: None)
+    with pytest.raises(UsageError, match=r"pip install 'qronos-export\[onnx\]'"):
+        Session(Path("model.onnx"))
