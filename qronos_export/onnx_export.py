@@ -6,6 +6,7 @@ The packages of the extra `onnx` are imported inside functions; everything else 
 from __future__ import annotations
 
 import json
+import shutil
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING
 from formats import find_format
 from qronos_export import report
 from qronos_export.artifact.gguf import BlockStore, GGUFFile
-from qronos_export.artifact.onnx_blocks import container
+from qronos_export.artifact.onnx_blocks import MX_TYPES, container
 from qronos_export.artifact.onnx_builder import build_float, check_packages
 from qronos_export.checkpoint import Checkpoint
 from qronos_export.errors import UsageError
@@ -39,17 +40,20 @@ def check_foreign(name: str, recipe: Recipe) -> None:
     """Raises UsageError unless a type that no GGUF file holds can be written as the recipe wants."""
     if "gguf" in recipe.artifacts:
         raise UsageError(f"--format {name} is no type of GGUF; use --artifact onnx, or another type.")
-    if container(find_format(name, 256)) is None:
-        raise UsageError(
-            f"--format {name}: no integers of ONNX hold it exactly, see docs/method.md; choose another type."
-        )
+    if container(find_format(name, 256)) is None and not (name in MX_TYPES and recipe.artifacts == ["onnx-mx"]):
+        only = "only --artifact onnx-mx can" if name in MX_TYPES else "choose another type"
+        raise UsageError(f"--format {name}: no integers of ONNX hold it exactly; {only}.")
     if recipe.activations == "llama.cpp":
         raise UsageError(f"activations: llama.cpp has no kernel for {name}, whose inputs it could round; use q8_0.")
 
 
 def float_graph(checkpoint: Checkpoint, folder: Path) -> Path:
     """The builder's model.onnx of `checkpoint`, in `folder`. Raises UsageError for models it does not know."""
-    return build_float(checkpoint.folder, _architecture(checkpoint), folder)
+    graph = build_float(checkpoint.folder, _architecture(checkpoint), folder)
+    for name in ("config.json", "generation_config.json"):
+        if (checkpoint.folder / name).is_file():
+            shutil.copy(checkpoint.folder / name, folder)
+    return graph
 
 
 def _architecture(checkpoint: Checkpoint) -> str:

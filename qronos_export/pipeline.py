@@ -169,6 +169,11 @@ def run(
         )
         if recipe.kv_cache:
             rounded_cache(recipe, LazyModel(checkpoint, device))
+        graph = None
+        if layouts:
+            yield Stage("onnx graph")
+            graph = float_graph(checkpoint, folder / "graph")  # refuses models it does not know
+            clock.lap("load")
         original, tokens = checkpoint, None
         reference_file = float_file(original, llamacpp, folder)
         source = gguf.GGUFFile(reference_file)
@@ -177,10 +182,6 @@ def run(
             check_activations(recipe.activations, tensor, source.tensors[tensor].columns)
         if recipe.attention_aware:
             check_attention(LazyModel(checkpoint).blocks, checkpoint.name)
-        graph = None
-        if layouts:
-            yield Stage("onnx graph")
-            graph = float_graph(checkpoint, folder / "graph")
         names = recipe.transform_names
         if names:
             clock.lap("load")
@@ -286,7 +287,7 @@ def run(
                 micro_batch=recipe.micro_batch, on_chunk=on_progress,
             )  # fmt: skip
             for artifact in result.artifacts:
-                if artifact.path.endswith(".gguf"):
+                if artifact.path.endswith((".gguf", "-onnx-mx")):  # the latter has types that onnxruntime lacks
                     continue
                 yield Stage(f"validate: {artifact.path}")
                 artifact.validation = measured.compare(output / artifact.path, on_chunk=on_progress).to_json()

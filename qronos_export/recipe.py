@@ -17,7 +17,7 @@ TRANSFORMS = ("hadamard", "hadamard-r2", "spinquant", "smoothquant", "awq", "aqa
 ACTIVATIONS = ("none", "llama.cpp", "q8_0", "q8_k", "int8", "int4", "mxfp4", "mxfp8")
 ONLINE = ("r3", "r4", "quip")
 CACHES = ("f16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl", "int8", "int4")
-ARTIFACTS = ("gguf", "onnx", "onnx-js", "onnx-plain")
+ARTIFACTS = ("gguf", "onnx", "onnx-js", "onnx-plain", "onnx-mx")
 ACCURACY_LEVELS = (0, 4)
 ORDERS = ("natural", "descending", "blocks", "min_pivot")
 
@@ -30,7 +30,8 @@ class Recipe:
     format:           types or mixes by llama.cpp's names, comma separated, e.g. Q4_0 or Q4_0,Q4_K_M; a file for each.
     overrides:        globs of GGUF tensor names -> type; the first that fits counts.
     artifact:         what is written, comma separated: gguf, onnx (onnxruntime-genai), onnx-js (transformers.js),
-                      onnx-plain (standard operators); all from one calibration, with the same numbers.
+                      onnx-plain (standard operators), onnx-mx (and Microscaling types in ONNX's own); all from one
+                      calibration, with the same numbers.
     accuracy_level:   how onnx and onnx-js multiply: 4 with inputs rounded to int8, 0 in float.
     output_type, embedding_type: type of the output matrix and of the token embedding; None leaves them to llama.cpp.
     pure:             one type for all tensors instead of llama.cpp's mix.

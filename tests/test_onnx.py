@@ -11,14 +11,16 @@ import pytest
 import torch
 from onnx import TensorProto
 from onnx.helper import make_graph, make_model, make_node, make_opsetid, make_tensor_value_info
-from onnxruntime import InferenceSession
+from onnx.reference import ReferenceEvaluator
+from onnxruntime import InferenceSession, SessionOptions
 from torch import Tensor
 
 from formats import FORMATS, BlockFormat, find_format
-from qronos_export.artifact.onnx_blocks import container
+from qronos_export.artifact.onnx_blocks import MX_TYPES, container
 from qronos_export.artifact.onnx_data import DataFile, read
 from qronos_export.artifact.onnx_genai import GenAI
-from qronos_export.artifact.onnx_graph import IR_VERSION, Opened, Piece, Style, rewritten
+from qronos_export.artifact.onnx_graph import Opened, Piece, Style, rewritten
+from qronos_export.artifact.onnx_plain import Plain
 from qronos_export.artifact.onnx_session import Session
 from qronos_export.errors import ArtifactError, UsageError
 
@@ -61,9 +63,10 @@ def floats(tmp_path: Path) -> Opened:
         ]
     nodes = [make_node("Gather", ["table", "ids"], ["x"]), make_node("MatMul", ["x", "weight"], ["y"])]
     ids = make_tensor_value_info("ids", TensorProto.INT64, ["batch", "length"])
-    outputs = [make_tensor_value_info(name, TensorProto.FLOAT, None) for name in "xy"]
+    shapes = {"x": ["batch", "length", COLUMNS], "y": ["batch", "length", ROWS]}
+    outputs = [make_tensor_value_info(name, TensorProto.FLOAT, shape) for name, shape in shapes.items()]
     graph = make_graph(nodes, "g", [ids], outputs, initializers)
-    onnx.save(make_model(graph, opset_imports=[make_opsetid("", 21)], ir_version=IR_VERSION), path)
+    onnx.save(make_model(graph, opset_imports=[make_opsetid("", 21)], ir_version=10), path)
     return Opened(path)
 
 
@@ -85,12 +88,25 @@ def terms(fmt: BlockFormat, blocks: Tensor) -> Tensor:
     return (found if parts.offsets is None else found + parts.offsets.abs().repeat_interleave(held.group, 1)).double()
 
 
+def multiplied(x: Tensor, y: Tensor, value: Tensor, size: Tensor) -> None:
+    """Each column of `y` is `x` times a row of `value`, to a millionth of what sums of `size` reach for some `x`."""
+    error = (y - x.double() @ value.double().T).abs()
+    reached = x.double().abs() @ size.double().T
+    assert (error.flatten(0, 1).amax(0) <= 1e-6 * reached.flatten(0, 1).amax(0)).all()
+
+
 def exact(data: DataFile) -> Style:
     return GenAI(data, accuracy_level=0)
 
 
+def plain(data: DataFile) -> Style:
+    return Plain(data, head_size=32, widths={})
+
+
 def outputs(path: Path, ids: Tensor) -> tuple[Tensor, Tensor]:
-    found = InferenceSession(path, providers=["CPUExecutionProvider"]).run(["x", "y"], {"ids": ids.numpy()})
+    options = SessionOptions()
+    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "0")  # else 4, of what it makes of plain
+    found = InferenceSession(path, options, ["CPUExecutionProvider"]).run(["x", "y"], {"ids": ids.numpy()})
     return torch.from_numpy(found[0]), torch.from_numpy(found[1])
 
 
@@ -118,8 +134,7 @@ def test_onnxruntime_computes_with_the_values_of_the_blocks(floats: Opened, name
     ids = torch.arange(VOCABULARY).view(2, -1)
     x, y = outputs(path, ids)
     assert torch.equal(x, fmt.dequantize(table)[ids])
-    value = fmt.dequantize(weight).double()
-    assert ((y - x.double() @ value.T).abs() <= 1e-6 * x.double().abs() @ terms(fmt, weight).T).all()
+    multiplied(x, y, fmt.dequantize(weight), terms(fmt, weight))
     for each in (piece(fmt, "table", table), piece(fmt, "weight", weight)):
         style.verify(each)
 
@@ -139,9 +154,9 @@ def test_rows_of_several_types_are_several_products_in_their_order(floats: Opene
     ids = torch.tensor([[3, 39, 3]])
     x, y = outputs(path, ids)
     assert torch.equal(x, table[ids])
-    value = torch.cat([fmt.dequantize(block) for fmt, block in zip(parts, blocks, strict=True)]).double()
+    value = torch.cat([fmt.dequantize(block) for fmt, block in zip(parts, blocks, strict=True)])
     size = torch.cat([terms(fmt, block) for fmt, block in zip(parts, blocks, strict=True)])
-    assert ((y - x.double() @ value.T).abs() <= 1e-6 * x.double().abs() @ size.T).all()
+    multiplied(x, y, value, size)
 
 
 def test_a_tied_head_takes_no_bytes_of_its_own(floats: Opened, tmp_path: Path) -> None:
@@ -181,6 +196,47 @@ def test_accuracy_level_4_rounds_inputs_and_0_does_not(floats: Opened) -> None:
     _, rounded = outputs(written(floats, lambda data: GenAI(data, accuracy_level=4), **pieces)[0], ids)
     error = float((rounded - plain).norm() / plain.norm())
     assert 1e-4 < error < 2e-2  # int8 in blocks: a quarter of a percent each, less together
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in ("DINT4_G32", "INT4")])
+def test_standard_operators_say_the_same(floats: Opened, name: str) -> None:
+    """Looked up and multiplied with in two graphs: a product both of whose sides are dequantized is to onnxruntime one
+    of integers, which it does not have for 2 bits; decoders have a norm between."""
+    fmt, f32 = find_format(name, COLUMNS), FORMATS["F32"]
+    table, weight = (piece(fmt, str(rows), fmt.quantize(weights(rows))) for rows in (VOCABULARY, ROWS))
+    plain_table, plain_weight = (
+        piece(f32, f"{rows} floats", f32.quantize(weights(rows))) for rows in (VOCABULARY, ROWS)
+    )
+    ids = torch.arange(VOCABULARY).view(2, -1)
+    path, style = written(floats, plain, table=[table], weight=[plain_weight])
+    x, _ = outputs(path, ids)
+    assert torch.equal(x, table.floats()[ids])
+    style.verify(table)
+    path, style = written(floats, plain, table=[plain_table], weight=[weight])
+    x, y = outputs(path, ids)
+    multiplied(x, y, weight.floats(), terms(fmt, weight.blocks()))
+    style.verify(weight)
+    onnx.checker.check_model(path, full_check=True)
+    assert {node.domain for node in onnx.load(path, load_external_data=False).graph.node} == {""}
+
+
+@pytest.mark.parametrize("name", MX_TYPES)
+def test_microscaling_types_are_onnxs_own(floats: Opened, name: str) -> None:
+    """By the standard's reference evaluator; onnxruntime has no kernel for them on CPUs."""
+    fmt = FORMATS[name]
+    blocks = fmt.quantize(weights(ROWS))
+    table = piece(FORMATS["F32"], "table", FORMATS["F32"].quantize(weights(VOCABULARY)))
+    mine = piece(fmt, "weight", blocks)
+    path, style = written(floats, lambda data: Plain(data, 32, {}, mx=True), table=[table], weight=[mine])
+    onnx.checker.check_model(path)
+    style.verify(mine)
+    ids = torch.arange(VOCABULARY).view(2, -1)
+    x, y = (torch.from_numpy(found) for found in ReferenceEvaluator(str(path)).run(["x", "y"], {"ids": ids.numpy()}))
+    multiplied(x, y, fmt.dequantize(blocks), fmt.dequantize(blocks).abs())
+    kinds = {each.data_type for each in style.initializers.values()}
+    assert TensorProto.FLOAT8E8M0 in kinds and kinds & {
+        TensorProto.FLOAT4E2M1, TensorProto.FLOAT8E4M3FN, TensorProto.FLOAT8E5M2
+    }  # fmt: skip
 
 
 def test_missing_and_short_data_are_named(floats: Opened, tmp_path: Path) -> None:

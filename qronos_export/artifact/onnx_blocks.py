@@ -21,6 +21,8 @@ from formats.bits import pack_consecutive, unpack_consecutive
 from formats.block import Codebook, Integers, Levels
 
 _CHUNK = 1 << 22  # weights converted at a time
+MX_TYPES = ("MXFP4", "MXFP8_E4M3", "MXFP8_E5M2")
+"""Formats whose elements and scales are types of ONNX's own."""
 BLOCKS = (256, 128, 64, 32, 16)  # of MatMulNBits and GatherBlockQuantized
 
 

@@ -16,6 +16,10 @@ from qronos_export.errors import ArtifactError
 
 _INLINE = 1024  # bytes up to which an initializer stays in the model itself
 _ALIGNMENT = 64
+_NUMPYS = (
+    TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.DOUBLE, TensorProto.BOOL, TensorProto.INT8, TensorProto.UINT8,
+    TensorProto.INT16, TensorProto.UINT16, TensorProto.INT32, TensorProto.UINT32, TensorProto.INT64, TensorProto.UINT64,
+)  # fmt: skip
 
 
 class DataFile:
@@ -63,11 +67,11 @@ def renamed(tensor: TensorProto, name: str, dims: Sequence[int]) -> TensorProto:
 
 
 def read(tensor: TensorProto, folder: Path) -> np.ndarray:
-    """The numbers of an initializer of a model in `folder`; large ones are mapped. Of less than a byte come bytes.
+    """The numbers of an initializer of a model in `folder`; large ones are mapped. Types numpy lacks come as bytes.
 
     Raises ArtifactError where the file beside the model is missing or too short.
     """
-    packed = tensor.data_type in (TensorProto.INT4, TensorProto.UINT4, TensorProto.INT2, TensorProto.UINT2)
+    packed = tensor.data_type not in _NUMPYS
     dtype = np.dtype(np.uint8) if packed else onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)
     shape = (-1,) if packed else tuple(tensor.dims)
     if tensor.data_location != TensorProto.EXTERNAL:

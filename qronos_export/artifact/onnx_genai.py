@@ -6,7 +6,10 @@ GatherBlockQuantized, and for offsets a product with the sums of a group's input
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import final
+
+from torch import Tensor
 
 from qronos_export.artifact.onnx_blocks import Container, Parts
 from qronos_export.artifact.onnx_data import DataFile
@@ -33,17 +36,14 @@ class GenAI(Style):
         layout = {"bits": container.bits, "block_size": container.block, "gather_axis": 0, "quantize_axis": 1}
         self.add("GatherBlockQuantized", [codes, ids, *others], y, MICROSOFT, **layout)
 
-    def stored(self, piece: Piece, container: Container) -> Parts:
+    def scaled_copies(self, piece: Piece, container: Container) -> Iterator[Tensor]:
         rows = piece.rows
         zeros, offsets = self.read((piece.key, "zeros")), self.read((piece.key, "offsets"))
         if offsets is None and container.offset:
             offsets = self.require((piece.key, "offsets transposed")).view(-1, rows).T
-        return Parts(
-            self.require((piece.key, "codes")).view(rows, -1),
-            self.require((piece.key, "scales")).view(rows, -1),
-            None if zeros is None else zeros.view(rows, -1),
-            None if offsets is None else offsets.reshape(rows, -1),
-        )
+        codes, scales = self.require((piece.key, "codes")), self.require((piece.key, "scales"))
+        zeros, offsets = (None if part is None else part.reshape(rows, -1) for part in (zeros, offsets))
+        yield container.values(Parts(codes.view(rows, -1), scales.view(rows, -1), zeros, offsets))
 
     def _numbers(self, name: str, piece: Piece, container: Container, flat: bool) -> list[str]:
         """Codes, scales and, unless codes are centred, zero points: the operators' inputs, in their order."""

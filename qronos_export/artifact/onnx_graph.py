@@ -4,7 +4,7 @@ ones in their place."""
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,6 @@ from formats import BlockFormat
 from qronos_export.artifact.onnx_blocks import Container, Parts, container
 from qronos_export.artifact.onnx_data import DataFile, read, renamed
 from qronos_export.errors import ArtifactError
-
-IR_VERSION = 10  # of opset 21, which runtimes load since 2024
 
 
 class Piece:
@@ -36,16 +34,16 @@ class Piece:
         self.rows, self.columns = shape
         self.container = container(fmt)
         """What holds them exactly; None where they are floats, or become floats since no integers hold them."""
-        self._blocks = blocks
+        self.blocks = blocks
         self._factor = factor
 
     def parts(self) -> Parts:
         assert self.container is not None
-        return self.container.pack(self._blocks(), self._factor)
+        return self.container.pack(self.blocks(), self._factor)
 
     def floats(self) -> Tensor:
         """Float32 [rows, columns]."""
-        return self.format.dequantize(self._blocks()) * self._factor
+        return self.format.dequantize(self.blocks()) * self._factor
 
 
 class Opened:
@@ -91,8 +89,8 @@ class Style(ABC):
         """`y` = rows `ids` of the piece, offsets left out."""
 
     @abstractmethod
-    def stored(self, piece: Piece, container: Container) -> Parts:
-        """The piece as the data file has it."""
+    def scaled_copies(self, piece: Piece, container: Container) -> Iterator[Tensor]:
+        """What each copy of the piece's codes in the data file stands for, offsets with them."""
 
     def other(self, node: NodeProto) -> None:
         """A node of the float graph that meets no matrix."""
@@ -151,14 +149,17 @@ class Style(ABC):
     def verify(self, piece: Piece) -> None:
         """Read the numbers of a written piece back from the data file. Raises ArtifactError where they stand for other
         values than its blocks."""
-        if piece.container is not None:
-            values = piece.container.values(self.stored(piece, piece.container))
-        elif (floats := self.read((piece.key, "floats"))) is not None:
-            values = floats.view(piece.rows, piece.columns)
-        else:
-            values = self.require((piece.key, "transposed")).view(piece.columns, piece.rows).T
-        if not torch.equal(values, piece.floats()):
+        if not all(torch.equal(values, piece.floats()) for values in self.copies(piece)):
             raise ArtifactError(f"{self.data.path} does not hold the values of {piece.key!r}.")
+
+    def copies(self, piece: Piece) -> Iterator[Tensor]:
+        """What each copy of the piece in the data file stands for: float32 [rows, columns]."""
+        if piece.container is not None:
+            yield from self.scaled_copies(piece, piece.container)
+        if (floats := self.read((piece.key, "floats"))) is not None:
+            yield floats.view(piece.rows, piece.columns)
+        if (floats := self.read((piece.key, "transposed"))) is not None:
+            yield floats.view(piece.columns, piece.rows).T
 
     def read(self, key: object) -> Tensor | None:
         """Written numbers, flat; None where nothing was written for `key`."""
@@ -225,12 +226,23 @@ def rewritten(opened: Opened, pieces: Mapping[str, Sequence[Piece]], style: Styl
             for n, piece in enumerate(pieces[name]):
                 style.product(f"{name}/part_{n}", node.input[0], outputs[n], piece)
             style.add("Concat", outputs, node.output[0], axis=-1)
-    used = {name for node in style.nodes for name in node.input}
+    nodes = _needed(style.nodes, [each.name for each in graph.output])
+    used = {name for node in nodes for name in node.input}
     for name in used & opened.tensors.keys() - style.initializers.keys():
         style.initializers[name] = style.data.put(name, read(opened.tensors[name], opened.folder))
-    fresh = onnx.helper.make_graph(
-        style.nodes, graph.name, graph.input, graph.output, list(style.initializers.values())
-    )
-    domains = {"": style.opset} | {node.domain: 1 for node in style.nodes if node.domain}
+    initializers = [tensor for name, tensor in style.initializers.items() if name in used]
+    fresh = onnx.helper.make_graph(nodes, graph.name, graph.input, graph.output, initializers)
+    domains = {"": style.opset} | {node.domain: 1 for node in nodes if node.domain}
     opsets = [onnx.helper.make_opsetid(domain, version) for domain, version in domains.items()]
-    return onnx.helper.make_model(fresh, opset_imports=opsets, ir_version=IR_VERSION, producer_name="qronos-export")
+    ir_version = onnx.helper.find_min_ir_version_for(opsets, ignore_unknown=True)
+    return onnx.helper.make_model(fresh, opset_imports=opsets, ir_version=ir_version, producer_name="qronos-export")
+
+
+def _needed(nodes: Sequence[NodeProto], outputs: Iterable[str]) -> list[NodeProto]:
+    """Of `nodes`, in order, those that `outputs` depend on."""
+    wanted, kept = set(outputs), []
+    for node in reversed(nodes):
+        if wanted & set(node.output):
+            wanted |= set(node.input)
+            kept.append(node)
+    return kept[::-1]

@@ -2,13 +2,14 @@
 
     GenAI             model.onnx, model.onnx.data, genai_config.json and the tokenizer, for onnxruntime-genai
     transformers.js   onnx/model_q4.onnx, onnx/model_q4.onnx_data, config.json and the tokenizer: the same graph
-    plain             model.onnx, model.onnx.data and the tokenizer: standard operators alone, for any runtime
+    plain, mx         model.onnx, model.onnx.data and the tokenizer: standard operators alone, for any runtime
 
 Nothing is rounded here. What no integers of ONNX hold is kept as floats and named.
 """
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -23,13 +24,15 @@ from torch import Tensor
 
 from formats import FORMATS, BlockFormat
 from qronos_export.artifact.gguf import BlockStore, GGUFFile, row_hashes
+from qronos_export.artifact.onnx_blocks import MX_TYPES
 from qronos_export.artifact.onnx_data import DataFile
 from qronos_export.artifact.onnx_genai import GenAI
-from qronos_export.artifact.onnx_graph import Opened, Piece, rewritten
+from qronos_export.artifact.onnx_graph import Opened, Piece, Style, rewritten
+from qronos_export.artifact.onnx_plain import Plain
 from qronos_export.artifact.onnx_rows import Rows, find_rows
 from qronos_export.errors import ArtifactError
 
-LAYOUTS = ("onnx", "onnx-js", "onnx-plain")
+GENAI_CONFIG = "genai_config.json"
 
 
 class Blocks(Protocol):
@@ -102,18 +105,28 @@ def write_package(
     """Write the model whose float graph is `graph`, and whose rows are those of `file`, with `blocks` to `destination`,
     which must not exist. Raises ArtifactError where graph and file do not fit together."""
     opened = Opened(graph)
+    config = json.loads((graph.parent / GENAI_CONFIG).read_text(encoding="utf-8"))
+    head_size = int(config["model"]["decoder"]["head_size"])
     matrices = opened.matrices()
     found = find_rows(file, matrices)
     pieces = {name: _pieces(parts, blocks, matrices[name].shape[1]) for name, parts in found.items()}
     model = destination / ("onnx/model_q4.onnx" if layout == "onnx-js" else "model.onnx")
     model.parent.mkdir(parents=True)
     with DataFile(model.with_name(f"{model.name}{'_data' if layout == 'onnx-js' else '.data'}")) as data:
-        style = GenAI(data, accuracy_level)
-        onnx.save(rewritten(opened, pieces, style), model)
+        if layout in ("onnx-plain", "onnx-mx"):
+            widths = {name: tensor.dims[-1] for name, tensor in opened.tensors.items()}
+            style: Style = Plain(data, head_size, widths, mx=layout == "onnx-mx")
+        else:
+            style = GenAI(data, accuracy_level)
+        made = rewritten(opened, pieces, style)
+    _name_head_size(made, head_size)
+    onnx.save(made, model)
+    if layout in ("onnx-plain", "onnx-mx"):
+        onnx.checker.check_model(model)
     for piece in chain.from_iterable(pieces.values()):
         style.verify(piece)
-    _copy_beside(graph.parent, destination)
-    return Package(destination, model, data.path, _notes(pieces))
+    _copy_beside(graph.parent, destination, layout)
+    return Package(destination, model, data.path, _notes(pieces, layout))
 
 
 def _pieces(parts: Sequence[Rows], blocks: Blocks, columns: int) -> list[Piece]:
@@ -133,20 +146,37 @@ def _pieces(parts: Sequence[Rows], blocks: Blocks, columns: int) -> list[Piece]:
     return [piece(list(run)) for _, run in groupby(parts, kind)]
 
 
-def _copy_beside(built: Path, destination: Path) -> None:
-    """The tokenizer and genai_config.json."""
+def _name_head_size(model: onnx.ModelProto, head_size: int) -> None:
+    """In the shapes of keys and values, which the builder leaves open."""
+    for value in (*model.graph.input, *model.graph.output):
+        if value.name.startswith(("past_key_values.", "present.")):
+            value.type.tensor_type.shape.dim[3].dim_value = head_size
+
+
+def _copy_beside(built: Path, destination: Path, layout: str) -> None:
+    """The tokenizer, and for onnxruntime-genai its configuration."""
     for path in built.iterdir():
-        if path.is_file() and not path.name.startswith("model.onnx"):
+        if (
+            path.is_file()
+            and not path.name.startswith("model.onnx")
+            and (layout == "onnx" or path.name != GENAI_CONFIG)
+        ):
             shutil.copy(path, destination)
+    if layout == "onnx-js":
+        config = json.loads((destination / "config.json").read_text(encoding="utf-8"))
+        config["transformers.js_config"] = {"dtype": "q4", "use_external_data_format": {"model_q4.onnx": 1}}
+        (destination / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
-def _notes(pieces: dict[str, list[Piece]]) -> list[str]:
+def _notes(pieces: dict[str, list[Piece]], layout: str) -> list[str]:
     """How the types are kept; none of it changes a value."""
     notes = {}
     for name, parts in pieces.items():
         for piece in parts:
             fmt, held = piece.format, piece.container
-            if held is None and not fmt.is_float:
+            if layout == "onnx-mx" and fmt.name in MX_TYPES:
+                notes[fmt.name] = f"{fmt} is kept in ONNX's own type, which onnxruntime does not run on CPUs yet"
+            elif held is None and not fmt.is_float:
                 notes[name] = f"{name} is kept as floats: no integers of ONNX hold {fmt}"
             elif held is not None:
                 sums = f" and an offset for {held.group}" if held.offset else ""
