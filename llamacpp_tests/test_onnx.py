@@ -21,15 +21,17 @@ import torch.nn.functional as F
 from onnxruntime import InferenceSession, SessionOptions
 from torch import Tensor
 from transformers import PreTrainedModel
+from typer.testing import CliRunner
 
 from qronos_export import pipeline
 from qronos_export.artifact.onnx_session import Session, find_model
 from qronos_export.checkpoint import load_whole, open_checkpoint, unpack
+from qronos_export.cli import app
 from qronos_export.conversion import convert
 from qronos_export.corpus import held_out_text, held_out_tokens
-from qronos_export.errors import CheckpointError, UsageError
+from qronos_export.errors import CheckpointError, GateError, UsageError
 from qronos_export.llamacpp import LlamaCpp
-from qronos_export.onnx_validation import TorchReference
+from qronos_export.onnx_validation import TorchReference, open_session
 from qronos_export.recipe import Recipe
 from tests.families import make
 
@@ -213,7 +215,7 @@ def test_validation_is_llama_perplexitys_protocol(runs: Runs, tmp_path: Path) ->
     text.write_text(held_out_text()[:20_000])
     checkpoint = open_checkpoint(str(done.checkpoint))
     reference = TorchReference(checkpoint, text, device=torch.device("cpu"), context=64, chunks=4)
-    found = reference.compare(done.layout("onnx"))
+    found = reference.compare(open_session(done.layout("onnx")))
     tokens = held_out_tokens(text, checkpoint, 64, 4)
     p, q = (F.log_softmax(logits(m, tokens)[:, 32:-1], -1).flatten(0, 1) for m in (load_whole(checkpoint), done.model))
     target = tokens[:, 33:].flatten()
@@ -223,6 +225,17 @@ def test_validation_is_llama_perplexitys_protocol(runs: Runs, tmp_path: Path) ->
     assert found.same_top == pytest.approx(100 * float((p.argmax(1) == q.argmax(1)).float().mean()), abs=1.0)
     assert (found.chunks, found.context, found.llama_cpp) == (4, 64, None)
     assert found.runtime.startswith("onnxruntime 1.")
+
+
+def test_the_gate_holds_for_onnx(runs: Runs, tmp_path: Path) -> None:
+    done = runs("tied")
+    text = tmp_path / "text"
+    text.write_text(held_out_text()[:20_000])
+    arguments = ["validate", done.layout("onnx"), "--reference", done.checkpoint, "--text", text, "--context", 64]
+    arguments += ["--chunks", 2, "--json", "--max-kld"]
+    passed, missed = (CliRunner().invoke(app, [*map(str, arguments), limit]) for limit in ("9", "0.001"))
+    assert (passed.exit_code, json.loads(passed.stdout)["passed"]) == (0, True)
+    assert isinstance(missed.exception, GateError) and json.loads(missed.stdout)["passed"] is False
 
 
 def test_integer_grids_need_no_gguf(llamacpp: LlamaCpp, tmp_path: Path) -> None:
@@ -269,11 +282,13 @@ def test_what_cannot_be_is_refused_and_leaves_nothing(
 
 
 def test_conversions_that_cannot_be(runs: Runs, tmp_path: Path) -> None:
-    gguf = runs("qwen3").gguf
+    gguf = runs("phi3").gguf
     with pytest.raises(UsageError, match="--artifact is 'tflite'; expected onnx, onnx-js"):
         list(convert(gguf, tmp_path, ["tflite"]))
     with pytest.raises(UsageError, match=r"absent\.gguf does not exist"):
         list(convert(tmp_path / "absent.gguf", tmp_path, ["onnx"]))
-    with pytest.raises(CheckpointError, match="same configuration and tokenizer by --like"):  # reads another head size
+    with pytest.raises(
+        CheckpointError, match="same configuration and tokenizer by --like"
+    ):  # reads a padding token that the vocabulary lacks
         list(convert(gguf, tmp_path, ["onnx"]))
     assert list(tmp_path.iterdir()) == []

@@ -416,7 +416,7 @@ def formats() -> None:
     for fmt in FORMATS.values():
         how = "kept as it is" if fmt.is_float else "rtn, gpfq, gptq, gptaq, qronos"
         if fmt.ggml_type is None:
-            how = "no GGUF type; in torch only"
+            how = "no GGUF type; ONNX or torch"
         table.add_row(fmt.name, f"{fmt.bits_per_weight:g}", str(fmt.block_size), str(fmt.block_bytes), how)
     _console().print(table)
 
@@ -449,6 +449,7 @@ def llamacpp_where(llamacpp: LlamaCppOption = None) -> None:
 
 def _summary(result: RunReport, folder: Path) -> None:
     rows: list[tuple[str, str]] = []
+    summed: set[str] = set()  # formats, of which several artifacts may be there
     for artifact in result.artifacts:
         rows += [
             ("file", str(folder / artifact.path)),
@@ -460,6 +461,9 @@ def _summary(result: RunReport, folder: Path) -> None:
                 ("KL divergence", f"{checked['kl_divergence']:.4f} ± {checked['kl_divergence_error']:.4f}"),
                 ("same top token", f"{checked['same_top']:.1f} %"),
             ]
+        if artifact.format in summed:
+            continue
+        summed.add(artifact.format)
         instead = Counter((s["wanted"], s["type"]) for s in result.substitutes if s["artifact"] == artifact.format)
         rows += [
             ("substitutes", f"{count} tensors are {used}: {wanted}'s blocks do not divide their rows")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import math
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +23,16 @@ from qronos_export.corpus import Progress, held_out_tokens
 from qronos_export.errors import ArtifactError
 from qronos_export.memory import give_back
 from qronos_export.validation import Validation
+
+if TYPE_CHECKING:
+    from qronos_export.artifact.onnx_session import Session
+
+
+def open_session(file: Path) -> Session:
+    """`file`, a .onnx or a folder with one, in onnxruntime. Raises UsageError or ArtifactError where that cannot be."""
+    from qronos_export.artifact.onnx_session import Session, find_model
+
+    return Session(find_model(file))
 
 
 class TorchReference:
@@ -56,14 +67,8 @@ class TorchReference:
         self._context, self._chunks = context, len(tokens)
 
     @torch.no_grad()
-    def compare(self, file: Path, *, on_chunk: Progress | None = None) -> Validation:
-        """Measure `file`, a .onnx or a folder with one.
-
-        Raises ArtifactError where it cannot be run or has another vocabulary.
-        """
-        from qronos_export.artifact.onnx_session import Session, find_model
-
-        session = Session(find_model(file))
+    def compare(self, session: Session, *, on_chunk: Progress | None = None) -> Validation:
+        """Raises ArtifactError where the session's model has another vocabulary."""
         half = self._context // 2
         scores = []
         for batch in self._batches:

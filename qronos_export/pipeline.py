@@ -29,7 +29,7 @@ from qronos_export.layers import Destinations, Store, round_group
 from qronos_export.llamacpp import LlamaCpp
 from qronos_export.memory import give_back, peak_memory
 from qronos_export.onnx_export import check_foreign, float_graph, onnx_folder, onnx_versions, write_onnx
-from qronos_export.onnx_validation import TorchReference
+from qronos_export.onnx_validation import TorchReference, open_session
 from qronos_export.plan import (
     CARRIERS,
     FOREIGN,
@@ -290,7 +290,8 @@ def run(
                 if artifact.path.endswith((".gguf", "-onnx-mx")):  # the latter has types that onnxruntime lacks
                     continue
                 yield Stage(f"validate: {artifact.path}")
-                artifact.validation = measured.compare(output / artifact.path, on_chunk=on_progress).to_json()
+                session = open_session(output / artifact.path)
+                artifact.validation = measured.compare(session, on_chunk=on_progress).to_json()
                 clock.lap("validate")
                 result.seconds = {**clock.seconds, "total": time.perf_counter() - begun}
                 result.write(report_path)
@@ -454,12 +455,13 @@ def prove_onnx(
     """Measure the ONNX model `file`, a .onnx or a folder with one, against its float model `reference` in torch."""
     if held.cache:
         raise UsageError("--cache-type-k and -v are llama.cpp's; an ONNX model keeps keys and values in floats.")
+    session = open_session(file)
     with tempfile.TemporaryDirectory(prefix="qronos-export-") as scratch:
         measured = TorchReference(
             open_checkpoint(reference), held_out_file(held, Path(scratch)), device=pick_device("auto"),
             context=held.context, chunks=held.chunks,
         )  # fmt: skip
-        return measured.compare(file, on_chunk=on_progress)
+        return measured.compare(session, on_chunk=on_progress)
 
 
 def prove(file: Path, reference: str, held: Held, *, llamacpp: LlamaCpp) -> Validation:

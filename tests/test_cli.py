@@ -51,6 +51,11 @@ def test_formats_lists_every_format() -> None:
         ["quantize", "demo", "--output", "x", "--context", "2"],
         ["quantize", "demo", "--output", "x", "--chunks", "0"],
         ["validate", "absent.gguf", "--reference", "demo"],
+        ["validate", "absent.onnx", "--reference", "demo"],
+        ["convert", "absent.gguf", "--output", "x"],
+        ["convert", "absent.gguf", "--output", "x", "--artifact", "gguf"],
+        ["quantize", "demo", "--output", "x", "--artifact", "gguf,gguf"],
+        ["quantize", "demo", "--output", "x", "--accuracy-level", "3"],
     ],
 )
 def test_wrong_usage_exits_with_2(arguments: list[str]) -> None:

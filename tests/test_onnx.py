@@ -21,7 +21,7 @@ from qronos_export.artifact.onnx_data import DataFile, read
 from qronos_export.artifact.onnx_genai import GenAI
 from qronos_export.artifact.onnx_graph import Opened, Piece, Style, rewritten
 from qronos_export.artifact.onnx_plain import Plain
-from qronos_export.artifact.onnx_session import Session
+from qronos_export.artifact.onnx_session import Session, find_model
 from qronos_export.errors import ArtifactError, UsageError
 
 GRIDS = [
@@ -269,4 +269,4 @@ def test_what_onnxruntime_cannot_run_is_refused_with_its_opset(floats: Opened, t
 def test_packages_that_are_missing_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("qronos_export.artifact.onnx_builder.find_spec", lambda name: None)
     with pytest.raises(UsageError, match=r"pip install 'qronos-export\[onnx\]'"):
-        Session(Path("model.onnx"))
+        find_model(Path("model.onnx"))

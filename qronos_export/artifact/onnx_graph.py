@@ -228,8 +228,9 @@ def rewritten(opened: Opened, pieces: Mapping[str, Sequence[Piece]], style: Styl
             style.add("Concat", outputs, node.output[0], axis=-1)
     nodes = _needed(style.nodes, [each.name for each in graph.output])
     used = {name for node in nodes for name in node.input}
-    for name in used & opened.tensors.keys() - style.initializers.keys():
-        style.initializers[name] = style.data.put(name, read(opened.tensors[name], opened.folder))
+    for name, tensor in opened.tensors.items():
+        if name in used and name not in style.initializers:
+            style.initializers[name] = style.data.put(name, read(tensor, opened.folder))
     initializers = [tensor for name, tensor in style.initializers.items() if name in used]
     fresh = onnx.helper.make_graph(nodes, graph.name, graph.input, graph.output, initializers)
     domains = {"": style.opset} | {node.domain: 1 for node in nodes if node.domain}

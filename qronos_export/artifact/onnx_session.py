@@ -19,6 +19,7 @@ _TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 
 def find_model(path: Path) -> Path:
     """The .onnx that `path`, a file or a folder of a layout we write, stands for. Raises UsageError."""
+    check_packages()
     found = next((path / name for name in MODELS if (path / name).is_file()), path)
     if not found.is_file():
         raise UsageError(f"{path} is no ONNX model; give model.onnx or the folder with it.")
@@ -26,11 +27,9 @@ def find_model(path: Path) -> Path:
 
 
 class Session:
-    """`path` loaded. Raises ArtifactError where its data is missing or onnxruntime cannot run it, UsageError where the
-    packages are missing."""
+    """`path` loaded. Raises ArtifactError where its data is missing or onnxruntime cannot run it."""
 
     def __init__(self, path: Path) -> None:
-        check_packages()
         import onnx
         import onnxruntime
 

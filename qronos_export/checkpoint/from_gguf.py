@@ -23,7 +23,7 @@ from qronos_export.errors import CheckpointError, OutputError
 from .meta import parameters_on_meta
 from .quiet import quiet
 
-UNREADABLE = (ValueError, KeyError, RuntimeError, NotImplementedError)
+UNREADABLE = (ValueError, KeyError, RuntimeError, NotImplementedError, AssertionError)
 """What transformers raises on an architecture or a tokenizer it cannot read back."""
 
 
