@@ -42,7 +42,7 @@ class DataFile:
     ) -> TensorProto:
         """Write `numbers` and return the initializer `name` for them; with `dims` and `kind` where ONNX reads their
         bytes as numbers of another type (two of 4 bits in each)."""
-        array = np.ascontiguousarray(numbers.numpy() if isinstance(numbers, Tensor) else numbers)
+        array = np.asarray(numbers.numpy() if isinstance(numbers, Tensor) else numbers, order="C")
         tensor = TensorProto(name=name, dims=array.shape if dims is None else dims)
         tensor.data_type = onnx.helper.np_dtype_to_tensor_dtype(array.dtype) if kind is None else kind
         if array.nbytes <= _INLINE:

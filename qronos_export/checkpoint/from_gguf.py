@@ -63,6 +63,8 @@ def unpack(gguf: Path, folder: Path, like: Path | None = None) -> None:
         with quiet():
             tokenizer = AutoTokenizer.from_pretrained(like)
     save_folder(model, tokenizer, folder)
+    if like is not None and (like / "generation_config.json").is_file():
+        shutil.copy(like / "generation_config.json", folder)
 
 
 def read_model(gguf: Path, like: Path | None = None) -> PreTrainedModel:
