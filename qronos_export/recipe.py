@@ -105,6 +105,8 @@ class Recipe:
             raise UsageError(f"artifact is {self.artifact!r}; expected each once.")
         if self.accuracy_level not in ACCURACY_LEVELS:
             raise UsageError(f"accuracy_level is {self.accuracy_level}; expected 0 (float) or 4 (int8 inputs).")
+        if self.accuracy_level == 0 and not {"onnx", "onnx-js"} & set(self.artifacts):
+            raise UsageError("accuracy_level is for artifacts onnx and onnx-js; leave it out, or add one of them.")
         _one_of("method", self.method, METHODS)
         if self.transforms not in ("none", "auto"):
             for name in self.transform_names:

@@ -56,6 +56,7 @@ def test_formats_lists_every_format() -> None:
         ["convert", "absent.gguf", "--output", "x", "--artifact", "gguf"],
         ["quantize", "demo", "--output", "x", "--artifact", "gguf,gguf"],
         ["quantize", "demo", "--output", "x", "--accuracy-level", "3"],
+        ["quantize", "demo", "--output", "x", "--accuracy-level", "0"],
     ],
 )
 def test_wrong_usage_exits_with_2(arguments: list[str]) -> None:
