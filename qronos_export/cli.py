@@ -131,6 +131,9 @@ def quantize(
     shrinkage: Annotated[
         float | None, _setting("shrinkage", "How far the measured mismatch of the streams is trusted, 0 to 1.")
     ] = None,
+    ridge: Annotated[
+        float | None, _setting("ridge", "ρ of that correction as a share of mean(diag H); more for less text.")
+    ] = None,
     magr: Annotated[float | None, _setting("magr", "MagR's α, for few bits: how much of extremes is given up.")] = None,
     order: Annotated[
         str | None, _setting("order", "Columns: natural, descending, min_pivot, or blocks: heavy ones first.")

@@ -23,6 +23,7 @@ class LayerReport:
                           output on calibration tokens; for methods without calibration, of the weights themselves.
     recoverable_mismatch: squared output error from the streams' mismatch that weights can undo, same unit.
     damping:              the λ used, in units of H.
+    shrinkage, ridge:     the β used, by methods that correct for the mismatch, and qronos' ρ / mean(diag H).
     """
 
     artifact: str
@@ -33,6 +34,8 @@ class LayerReport:
     error: float | None
     recoverable_mismatch: float | None
     damping: float | None
+    shrinkage: float | None
+    ridge: float | None
     tokens: int
     seconds: float
     note: str = ""

@@ -30,13 +30,18 @@ INSIDE = {  # a module of qronos_export, and what else of qronos_export it may i
     "cli": {"evaluation", "pipeline", "recipe", "report", "llamacpp", "llamacpp_build", "validation", ""},
     "__main__": {"cli"},
     "pipeline": {
-        "activations", "artifact", "attention", "calibration", "checkpoint", "corpus", "kv_cache", "layers", "llamacpp",
-        "plan", "recipe", "report", "rounding", "transformed", "validation",
+        "activations", "artifact", "attention", "checkpoint", "calibration", "corpus", "llamacpp", "plan", "recipe",
+        "report", "streams", "transformed", "validation", "workspace",
     },
     "evaluation": {
         "activations", "artifact", "attention", "calibration", "checkpoint", "corpus", "layers", "online", "pipeline",
-        "plan", "recipe", "suspended", "tasks", "transformed",
+        "plan", "recipe", "streams", "suspended", "tasks", "transformed", "workspace",
     },
+    "streams": {
+        "activations", "artifact", "attention", "calibration", "checkpoint", "kv_cache", "layers", "plan", "recipe",
+        "report", "rounding",
+    },
+    "workspace": {"checkpoint", "recipe"},
     "layers": {"artifact", "attention", "calibration", "plan", "report", "rounding"},
     "plan": {"artifact", "recipe"},
     "calibration": {"suspended"},
