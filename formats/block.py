@@ -266,13 +266,13 @@ class BlockFormat(ABC):
         Raises FormatError unless all weights are finite and rows divide into blocks.
         """
         self.check(weights.shape[1])
-        if weights.numel() and not all(math.isfinite(end) for end in (weights.amin(), weights.amax())):
-            raise FormatError(f"weights hold NaN or infinity; {self.name} cannot store them")
         blocks = torch.empty(len(weights), self.row_bytes(weights.shape[1]), dtype=torch.uint8, device=weights.device)
         step = max(1, at_once(weights.device) // weights.shape[1])
 
         def write(start: int) -> None:
             rows = slice(start, start + step)
+            if not all(math.isfinite(end) for end in (weights[rows].amin(), weights[rows].amax())):
+                raise FormatError(f"weights hold NaN or infinity; {self.name} cannot store them")
             part = importance if importance is None or importance.ndim == 1 else importance[rows]
             grid = self.fit(weights[rows], part)
             blocks[rows] = self.pack(grid.nearest(weights[rows]), grid)

@@ -1,4 +1,5 @@
-"""Parts of a large tensor at once, one core each: torch's own threads gain little on parts that fit into a cache."""
+"""Parts of a large tensor at once, one core each. Torch's own threads gain little on parts that fit into a cache, and
+between operations they wait busily."""
 
 from __future__ import annotations
 
@@ -23,7 +24,7 @@ def side_by_side(function: Callable[[Part], Found], parts: Iterable[Part], devic
         with torch.inference_mode(inference), torch.no_grad():
             return function(part)
 
-    if threads == 1 or len(parts) < 2:
+    if threads == 1 or not parts:
         return [alone(part) for part in parts]
     try:
         with ThreadPoolExecutor(min(threads, len(parts)), initializer=torch.set_num_threads, initargs=(1,)) as pool:

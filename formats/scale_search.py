@@ -52,12 +52,12 @@ def in_chunks(
     function: Callable[[Tensor, Tensor], tuple[Tensor, ...]], weights: Tensor, importance: Tensor, multiple: int = 1
 ) -> tuple[Tensor, ...]:
     """`function` of some groups at a time, a multiple of `multiple`; its results joined along their first dimension."""
-    if weights.device.type != "cpu":
-        return function(weights, importance)
     step = max(1, at_once(weights.device) // (weights.shape[0] * multiple)) * multiple
+    if weights.device.type != "cpu" or weights.shape[1] <= step:
+        return function(weights.contiguous(), importance.contiguous())
     parts = zip(weights.split(step, dim=1), importance.split(step, dim=1), strict=True)
     found = side_by_side(lambda part: function(part[0].contiguous(), part[1].contiguous()), parts, weights.device)
-    return found[0] if len(found) == 1 else tuple(torch.cat(part) for part in zip(*found, strict=True))
+    return tuple(torch.cat(part) for part in zip(*found, strict=True))
 
 
 def peak(weights: Tensor) -> Tensor:
