@@ -358,14 +358,16 @@ def formats() -> None:
     from rich.table import Table
 
     from formats import FORMATS
+    from formats.compiled import how
 
     table = Table("format", "bits per weight", "block", "bytes a block", "how", box=None, pad_edge=False)
     for fmt in FORMATS.values():
-        how = "kept as it is" if fmt.is_float else "rtn, gpfq, gptq, gptaq, qronos"
+        methods = "kept as it is" if fmt.is_float else "rtn, gpfq, gptq, gptaq, qronos"
         if fmt.ggml_type is None:
-            how = "no GGUF type; in torch only"
-        table.add_row(fmt.name, f"{fmt.bits_per_weight:g}", str(fmt.block_size), str(fmt.block_bytes), how)
+            methods = "no GGUF type; in torch only"
+        table.add_row(fmt.name, f"{fmt.bits_per_weight:g}", str(fmt.block_size), str(fmt.block_bytes), methods)
     _console().print(table)
+    typer.echo(f"\nScales on the CPU are searched by: {how()}")
 
 
 @llamacpp_app.command("install")

@@ -11,6 +11,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from formats.compiled import how
+
 SCHEMA = 1
 
 
@@ -99,6 +101,7 @@ def versions(llama_cpp: str) -> dict[str, str]:
         "python": platform.python_version(),
         **{package: version(package) for package in packages},
         "llama_cpp": llama_cpp,
+        "scale_search": how(),
     }
 
 

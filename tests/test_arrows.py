@@ -92,6 +92,7 @@ def violations(path: str, source: str) -> list[str]:
                 "activations",
                 "evaluation",
                 "kv_cache",
+                "report",
             }
         elif top == "qronos_export":
             reachable = LEAVES if own in LEAVES or own == "__init__" else LEAVES | INSIDE.get(own, set()) | {own}
