@@ -10,8 +10,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from formats.block import reciprocal
+from formats import native
+from formats.block import Integers, reciprocal
 from formats.scale_search import extremes, in_chunks, to_half
+from formats.sums import code_sums, weighted_error
 
 # How many codes the range of the weights is wider than theirs, and how many of these lie below code 0. The negative
 # ones matter to weights that come from a grid already: a group rarely meets both of its ends.
@@ -32,15 +34,10 @@ class Moments:
     wqq: Tensor
 
     @staticmethod
-    def of(x: Tensor, importance: Tensor, codes: Tensor) -> Moments:
-        weighted = codes * importance
-        return Moments(
-            importance.sum(0),
-            (x * importance).sum(0),
-            weighted.sum(0),
-            (weighted * x).sum(0),
-            (weighted * codes).sum(0),
-        )
+    def of(x: Tensor, importance: Tensor, scale: Tensor, offset: Tensor, high: int) -> Moments:
+        """For the codes 0 … `high` nearest under `scale` and `offset` [groups]; `x` [size, groups]."""
+        wq, wqx, wqq = code_sums(x, importance, Integers(0, high), reciprocal(scale), offset)
+        return Moments(importance.sum(0), (x * importance).sum(0), wq, wqx, wqq)
 
     def gain(self, scale: Tensor, offset: Tensor) -> Tensor:
         """Σ w·x² − Σ w·(x − scale·q − offset)²: how much of the weights' power these values explain."""
@@ -59,17 +56,6 @@ class Moments:
         return scale, offset
 
 
-def affine_codes(x: Tensor, scale: Tensor, offset: Tensor, high: int) -> Tensor:
-    """Nearest codes of `x` [size, groups], as float32."""
-    return (x - offset).mul_(reciprocal(scale)).round_().clamp_(0, high)
-
-
-def affine_error(x: Tensor, importance: Tensor, scale: Tensor, offset: Tensor, high: int) -> Tensor:
-    """Σ importance · (x − nearest(x))² of each group."""
-    codes = affine_codes(x, scale, offset, high)
-    return codes.mul_(scale).add_(offset).sub_(x).square_().mul_(importance).sum(0)
-
-
 def search_affine(x: Tensor, importance: Tensor, high: int, below_zero: bool) -> tuple[Tensor, Tensor]:
     """Real scale ≥ 0 and offset of each group, [groups] each.
 
@@ -77,6 +63,9 @@ def search_affine(x: Tensor, importance: Tensor, high: int, below_zero: bool) ->
     (so that outliers are clipped); each time least squares gives scale and offset for the codes that follow. The best
     of these is repeated on its own codes.
     """
+    compiled = native.search_affine(x, importance, high, below_zero, _TRIES)
+    if compiled is not None:
+        return compiled
     low, top = extremes(x)
     if below_zero:
         low, top = low.clamp(max=0.0), top.clamp(min=0.0)
@@ -84,16 +73,13 @@ def search_affine(x: Tensor, importance: Tensor, high: int, below_zero: bool) ->
     unit = span / high
     chosen, shift = unit, low
     gain = torch.full_like(low, -torch.inf)
-    w, wx, weighted = importance.sum(0), (x * importance).sum(0), x * importance
+    w, wx = importance.sum(0), (x * importance).sum(0)
 
     def try_on(scale: Tensor, offset: Tensor) -> None:
         nonlocal chosen, shift, gain
-        codes = affine_codes(x, scale, offset, high)
-        wqx = (codes * weighted).sum(0)
-        power = codes * importance
-        moments = Moments(w, wx, power.sum(0), wqx, power.mul_(codes).sum(0))
-        scale, offset = moments.solve(below_zero)
-        reached = moments.gain(scale, offset)
+        known = Moments(w, wx, *code_sums(x, importance, Integers(0, high), reciprocal(scale), offset))
+        scale, offset = known.solve(below_zero)
+        reached = known.gain(scale, offset)
         better = (reached > gain) & (scale > 0) & torch.isfinite(offset)
         chosen, shift = torch.where(better, scale, chosen), torch.where(better, offset, shift)
         gain = torch.where(better, reached, gain)
@@ -113,14 +99,15 @@ def best_half_affine(weights: Tensor, importance: Tensor, high: int) -> tuple[Te
     def search(x: Tensor, imp: Tensor) -> tuple[Tensor, Tensor]:
         low, top = extremes(x)
         best_scale, best_offset = to_half((top - low) / high), to_half(low)
-        error = affine_error(x, imp, best_scale, best_offset, high)
+        levels = Integers(0, high)
+        error = weighted_error(x, imp, best_scale, levels, best_offset)
         scale, offset = search_affine(x, imp, high, below_zero=False)
         scale = to_half(scale)
         # With the scale as stored, the offset has to follow.
-        moments = Moments.of(x, imp, affine_codes(x, scale, offset, high))
-        follow = (moments.wx - scale * moments.wq) / moments.w
+        known = Moments.of(x, imp, scale, offset, high)
+        follow = (known.wx - scale * known.wq) / known.w
         for candidate in (to_half(offset), to_half(torch.where(torch.isfinite(follow), follow, offset))):
-            errors = affine_error(x, imp, scale, candidate, high)
+            errors = weighted_error(x, imp, scale, levels, candidate)
             better = errors < error
             error = torch.where(better, errors, error)
             best_scale = torch.where(better, scale, best_scale)

@@ -6,6 +6,7 @@ Nothing here knows about models, calibration or files.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from typing import Protocol, final
 import torch
 from torch import Tensor
 
-_CHUNK = 1 << 22  # weights converted at a time: large tables need little room beside themselves
+from formats.parallel import at_once, side_by_side
 
 
 class FormatError(ValueError):
@@ -73,23 +74,23 @@ class Codebook:
         return self._look_up(values, 1)
 
     def value(self, codes: Tensor) -> Tensor:
-        table = _cells(self.levels, codes.device)[0]
+        table = cells(self.levels, codes.device)[0]
         return table.index_select(0, codes.reshape(-1).to(torch.int32)).view(codes.shape)
 
     def snap(self, values: Tensor) -> Tensor:
         return self._look_up(values, 2)
 
     def dither(self, values: Tensor, uniform: Tensor) -> Tensor:
-        return _dithered(_cells(self.levels, values.device)[0], values, uniform)
+        return _dithered(cells(self.levels, values.device)[0], values, uniform)
 
     def _look_up(self, values: Tensor, table: int) -> Tensor:
-        *tables, low, per_unit = _cells(self.levels, values.device)
+        *tables, low, per_unit = cells(self.levels, values.device)
         cell = (values * per_unit).ceil_().sub_(low).clamp_(0, len(tables[1]) - 1).to(torch.int32)
         return tables[table].index_select(0, cell.reshape(-1)).view(values.shape)
 
 
 @cache
-def _cells(levels: tuple[float, ...], device: torch.device) -> tuple[Tensor, Tensor, Tensor, int, int]:
+def cells(levels: tuple[float, ...], device: torch.device) -> tuple[Tensor, Tensor, Tensor, int, int]:
     """A codebook as tables: levels by code; code and level by cell. Then the first cell, and the cells per unit.
 
     Borders between neighbouring levels are dyadic, so the line is cut into even cells none of which holds a border
@@ -249,10 +250,13 @@ class BlockFormat(ABC):
         """Stored values of `blocks`: float32 [rows, columns], bit for bit what ggml computes."""
         columns = blocks.shape[1] // self.block_bytes * self.block_size
         values = torch.empty(len(blocks), columns, device=blocks.device)
-        step = max(1, _CHUNK // columns)
-        for start in range(0, len(blocks), step):
+        step = max(1, at_once(blocks.device) // columns)
+
+        def write(start: int) -> None:
             codes, grid = self.unpack(blocks[start : start + step])
             values[start : start + step] = grid.values(codes)
+
+        side_by_side(write, range(0, len(blocks), step), blocks.device)
         return values
 
     @final
@@ -262,15 +266,18 @@ class BlockFormat(ABC):
         Raises FormatError unless all weights are finite and rows divide into blocks.
         """
         self.check(weights.shape[1])
-        if not bool(torch.isfinite(weights).all()):
-            raise FormatError(f"weights hold NaN or infinity; {self.name} cannot store them")
         blocks = torch.empty(len(weights), self.row_bytes(weights.shape[1]), dtype=torch.uint8, device=weights.device)
-        step = max(1, _CHUNK // weights.shape[1])
-        for start in range(0, len(weights), step):
+        step = max(1, at_once(weights.device) // weights.shape[1])
+
+        def write(start: int) -> None:
             rows = slice(start, start + step)
+            if not all(math.isfinite(end) for end in (weights[rows].amin(), weights[rows].amax())):
+                raise FormatError(f"weights hold NaN or infinity; {self.name} cannot store them")
             part = importance if importance is None or importance.ndim == 1 else importance[rows]
             grid = self.fit(weights[rows], part)
             blocks[rows] = self.pack(grid.nearest(weights[rows]), grid)
+
+        side_by_side(write, range(0, len(weights), step), weights.device)
         return blocks
 
     @final

@@ -16,7 +16,7 @@ from typing import final
 import torch
 from torch import Tensor
 
-from formats.affine_search import affine_codes, affine_error, search_affine
+from formats.affine_search import Moments, search_affine
 from formats.bits import pack_stream, unpack_stream
 from formats.block import (
     BlockFormat,
@@ -31,6 +31,7 @@ from formats.block import (
 )
 from formats.ggml_basic import OneScale
 from formats.scale_search import best_scale, best_ternary_scale, grouped, in_chunks, search_scale, to_half
+from formats.sums import weighted_error
 
 
 @final
@@ -79,12 +80,12 @@ class IntegerGrid(BlockFormat):
             s = to_half(s)
             for _ in range(2):
                 z = (-lowest * reciprocal(s)).round_().clamp_(0, high)
-                errors = affine_error(x, imp, s, -z * s, high)
+                errors = weighted_error(x, imp, s, self.levels, -z * s)
                 better = errors < error
                 best_s, best_z = torch.where(better, s, best_s), torch.where(better, z, best_z)
                 error = torch.where(better, errors, error)
-                codes = affine_codes(x, s, -z * s, high).sub_(z)
-                fresh = (codes * x).mul_(imp).sum(0) / codes.square_().mul_(imp).sum(0)
+                known = Moments.of(x, imp, s, -z * s, high)
+                fresh = (known.wqx - z * known.wx) / (known.wqq - 2 * z * known.wq + z.square() * known.w)
                 s = to_half(torch.where(torch.isfinite(fresh), fresh, s))
                 lowest = -z * s
         found = torch.isfinite(best_s)

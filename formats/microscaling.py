@@ -23,7 +23,8 @@ from torch import Tensor
 
 from formats.bits import pack_nibbles, pack_stream, unpack_nibbles, unpack_stream
 from formats.block import BlockFormat, Codebook, Floats, Grid, Integers, Levels, blocked
-from formats.scale_search import best_of, best_scale, grouped, in_chunks, peak, weighted_error
+from formats.scale_search import best_of, best_scale, grouped, in_chunks, peak
+from formats.sums import weighted_error
 
 
 def _minifloats(exponent_bits: int, mantissa_bits: int) -> tuple[float, ...]:

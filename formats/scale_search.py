@@ -11,11 +11,13 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from formats import native
 from formats.block import Levels, reciprocal
+from formats.parallel import at_once, side_by_side
+from formats.sums import code_sums, weighted_error
 
 _HALF_MAX = 65504.0
 _UNIMPORTANT = 1e-6
-_CHUNK = 1 << 18  # weights at a time on a CPU: temporaries stay in the cache
 
 Store = Callable[[Tensor], Tensor]
 
@@ -34,26 +36,28 @@ def grouped(weights: Tensor, importance: Tensor | None, size: int) -> tuple[Tens
     flat = weights.reshape(-1, size).T
     if importance is None:
         return flat, torch.ones_like(flat)
+    rows, columns = weights.shape
     importance = importance.to(torch.float32)
     largest = importance.nan_to_num(0.0, posinf=0.0).amax()
-    importance = (importance * reciprocal(largest)).expand_as(weights).reshape(-1, size).T
+    given = len(importance) if importance.ndim > 1 else 1  # what all rows share is settled once
+    importance = (importance * reciprocal(largest)).expand(given, columns).reshape(-1, size).T
     total = importance.sum(0)
     undecided = ~((total > 0) & torch.isfinite(total))
     if undecided.any():
         importance = torch.where(undecided, torch.where(total == 0, _UNIMPORTANT, 1.0), importance)
-    return flat, importance
+    return flat, importance if given == rows else importance.repeat(1, rows)
 
 
 def in_chunks(
     function: Callable[[Tensor, Tensor], tuple[Tensor, ...]], weights: Tensor, importance: Tensor, multiple: int = 1
 ) -> tuple[Tensor, ...]:
     """`function` of some groups at a time, a multiple of `multiple`; its results joined along their first dimension."""
-    if weights.device.type != "cpu":
-        return function(weights, importance)
-    step = max(1, _CHUNK // (weights.shape[0] * multiple)) * multiple
+    step = max(1, at_once(weights.device) // (weights.shape[0] * multiple)) * multiple
+    if weights.device.type != "cpu" or weights.shape[1] <= step:
+        return function(weights.contiguous(), importance.contiguous())
     parts = zip(weights.split(step, dim=1), importance.split(step, dim=1), strict=True)
-    found = [function(x.contiguous(), imp.contiguous()) for x, imp in parts]
-    return found[0] if len(found) == 1 else tuple(torch.cat(part) for part in zip(*found, strict=True))
+    found = side_by_side(lambda part: function(part[0].contiguous(), part[1].contiguous()), parts, weights.device)
+    return tuple(torch.cat(part) for part in zip(*found, strict=True))
 
 
 def peak(weights: Tensor) -> Tensor:
@@ -67,11 +71,6 @@ def extremes(weights: Tensor) -> tuple[Tensor, Tensor]:
     return weights.amin(0), weights.amax(0)
 
 
-def weighted_error(x: Tensor, importance: Tensor, scale: Tensor, levels: Levels) -> Tensor:
-    """Σ importance · (x − nearest(x))² of each group: [groups] for `x` [size, groups], `scale` [groups]."""
-    return levels.snap(x * reciprocal(scale)).mul_(scale).sub_(x).square_().mul_(importance).sum(0)
-
-
 def search_scale(
     x: Tensor, importance: Tensor, levels: Levels, reach: Sequence[float], beside: Sequence[float]
 ) -> Tensor:
@@ -82,18 +81,18 @@ def search_scale(
     Σ w·x·q / Σ w·q² and lowers the error by (Σ w·x·q)² / Σ w·q². The candidate that lowers it most wins. Groups of
     zeros get scale 0.
     """
-    weighted = x * importance
+    compiled = native.search_scale(x, importance, levels, reach, beside)
+    if compiled is not None:
+        return compiled
     top = peak(x)
     per_peak = reciprocal(top)
     chosen, gain = top / reach[0], torch.zeros_like(top)
     anchors = torch.full_like(top, reach[0])
-    scratch, product = torch.empty_like(x), torch.empty_like(x)
 
     def try_on(anchor: Tensor) -> None:
         nonlocal chosen, gain, anchors
-        codes = levels.snap(torch.mul(x, per_peak * anchor, out=scratch))
-        along = torch.mul(codes, weighted, out=product).sum(0)
-        scale = along / codes.square_().mul_(importance).sum(0)
+        _, along, power = code_sums(x, importance, levels, per_peak * anchor)
+        scale = along / power
         lowered = along * scale
         better = lowered > gain  # false where all codes are 0: 0/0 compares as false
         chosen = torch.where(better, scale, chosen)
@@ -111,9 +110,8 @@ def search_scale(
 
 def refine(x: Tensor, importance: Tensor, scale: Tensor, levels: Levels) -> Tensor:
     """Least-squares scale for the codes that `scale` [groups] gives; unchanged where all codes are 0."""
-    codes = levels.snap(x * reciprocal(scale))
-    power = (codes.square() * importance).sum(0)
-    return torch.where(power > 0, (codes * x * importance).sum(0) / power, scale)
+    _, along, power = code_sums(x, importance, levels, reciprocal(scale))
+    return torch.where(power > 0, along / power, scale)
 
 
 def best_scale(

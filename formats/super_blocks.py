@@ -12,9 +12,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from formats.affine_search import Moments, affine_codes, affine_error, search_affine
+from formats.affine_search import Moments, search_affine
 from formats.block import Integers, Levels, reciprocal
-from formats.scale_search import in_chunks, search_scale, to_half, weighted_error
+from formats.scale_search import in_chunks, search_scale, to_half
+from formats.sums import code_sums, weighted_error
 
 _ROUNDS = 2
 
@@ -46,9 +47,8 @@ def fit_scales(
             best, error = _better(best, error, state, _error(x, imp, levels, state))
         for _ in range(_ROUNDS):
             d, sc = best
-            codes = levels.snap(x * reciprocal((d * sc).view(-1)))
-            along = (codes * x).mul_(imp).sum(0).view(-1, subs)
-            power = codes.square_().mul_(imp).sum(0).view(-1, subs)
+            _, *sums = code_sums(x, imp, levels, reciprocal((d * sc).view(-1)))
+            along, power = (part.view(-1, subs) for part in sums)
             fresh = (sc * along).sum(1, keepdim=True) / (sc.square() * power).sum(1, keepdim=True)
             wanted = torch.where(power > 0, along / power, d * sc)
             state = _rounded(torch.where(torch.isfinite(fresh), fresh, d), wanted, sub_levels)
@@ -86,7 +86,7 @@ def fit_scales_and_mins(
 
     def search(x: Tensor, imp: Tensor) -> tuple[Tensor, ...]:
         scale, offset = search_affine(x, imp, high, below_zero=True)
-        moments = Moments.of(x, imp, affine_codes(x, scale, offset, high))
+        moments = Moments.of(x, imp, scale, offset, high)
         scale, least = scale.view(-1, subs), -offset.view(-1, subs)
         largest, deepest = scale.amax(1, keepdim=True), least.amax(1, keepdim=True)
         d, dmin = to_half(largest / top), to_half(deepest / top)
@@ -98,7 +98,7 @@ def fit_scales_and_mins(
             best, error = _better(best, error, state, _affine_error(x, imp, high, state))
         for _ in range(_ROUNDS):
             d, dmin, sc, m = best
-            moments = Moments.of(x, imp, affine_codes(x, (d * sc).view(-1), (-dmin * m).view(-1), high))
+            moments = Moments.of(x, imp, (d * sc).view(-1), (-dmin * m).view(-1), high)
             d, dmin = _least_squares(moments, d, dmin, sc, m)
             real, _ = moments.solve(below_zero=True)
             real = torch.where(torch.isfinite(real), real, (d * sc).view(-1)).view(-1, subs)
@@ -113,7 +113,7 @@ def fit_scales_and_mins(
 
 def _affine_error(x: Tensor, importance: Tensor, high: int, state: State) -> Tensor:
     d, dmin, sc, m = state
-    errors = affine_error(x, importance, (d * sc).view(-1), (-dmin * m).view(-1), high)
+    errors = weighted_error(x, importance, (d * sc).view(-1), Integers(0, high), (-dmin * m).view(-1))
     return errors.view(sc.shape).sum(1, keepdim=True)
 
 
@@ -177,13 +177,14 @@ def refit_scale_and_min(
 ) -> State:
     """A better sc, m for groups `x` [size, groups] under given d and dmin, or the old ones; all others are [groups]."""
     scale, offset = search_affine(x, importance, high, below_zero=True)
-    moments = Moments.of(x, importance, affine_codes(x, scale, offset, high))
+    moments = Moments.of(x, importance, scale, offset, high)
     fresh_sc, fresh_m = _integers(moments, scale, d, dmin, top)
+    levels = Integers(0, high)
     best, _ = _better(
         (sc, m),
-        affine_error(x, importance, d * sc, -dmin * m, high),
+        weighted_error(x, importance, d * sc, levels, -dmin * m),
         (fresh_sc, fresh_m),
-        affine_error(x, importance, d * fresh_sc, -dmin * fresh_m, high),
+        weighted_error(x, importance, d * fresh_sc, levels, -dmin * fresh_m),
     )
     return best
 

@@ -9,17 +9,18 @@ from typing import Any
 
 import pytest
 
-from qronos_export import pipeline
+from qronos_export import pipeline, streams
 from qronos_export.artifact.gguf import GGUFFile, RowIndex
 from qronos_export.calibration import block_matrices
 from qronos_export.checkpoint import LazyModel, open_checkpoint
 from qronos_export.errors import CalibrationError, LlamaCppError, OutputError, UsageError
 from qronos_export.evaluation import Evaluated, evaluate
 from qronos_export.llamacpp import LlamaCpp
-from qronos_export.pipeline import Held, rounded_cache
+from qronos_export.pipeline import Held
 from qronos_export.plan import Plan
 from qronos_export.recipe import Recipe
 from qronos_export.report import Artifact
+from qronos_export.streams import rounded_cache
 from qronos_export.validation import Cache, Gate, Reference, Validation, validate
 from tests.families import make
 
@@ -154,11 +155,11 @@ def test_torch_rounds_keys_and_values_as_llamacpp_does(
     model = LazyModel(checkpoint)
     plan.claim(block_matrices(model.load_block(0), model.block_names[0]))
     recipe = Recipe(str(checkpoint.folder), "F32", method="rtn", kv_cache={"k": cache.k, "v": cache.v})
-    order = pipeline._key_order(
+    order = streams._key_order(
         plan.targets(f"{model.block_names[0]}.self_attn.k_proj.weight"), rounded_cache(recipe, model)
     )
     assert order is not None and (order.tolist() == list(range(64))) == (family != "llama")
-    monkeypatch.setattr(pipeline, "_key_order", lambda *_: order)  # `evaluate` has no file to ask
+    monkeypatch.setattr(streams, "_key_order", lambda *_: order)  # `evaluate` has no file to ask
     *_, done = evaluate(recipe.model, recipe, Held(english, 64, 16), device="cpu")
     assert isinstance(done, Evaluated)
     ours = done.evaluation

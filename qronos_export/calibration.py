@@ -127,13 +127,15 @@ class Decoder:
         )
 
 
-def enter(decoder: Decoder, tokens: Tensor, batch: int, *, counted: bool = True) -> list[MicroBatch]:
+def enter(
+    decoder: Decoder, tokens: Tensor, batch: int, *, counted: bool = True, held: bool = False
+) -> list[MicroBatch]:
     """The float stream in front of the first block: int64 `tokens` [samples, length], `batch` sequences at a time."""
     batches: list[MicroBatch] = []
     for ids in tokens.split(batch):
         x, arguments = decoder.enter(ids)
         shared = _shared(arguments, batches[0].arguments) if batches else arguments
-        batches.append(MicroBatch(ids, x, shared, counted))
+        batches.append(MicroBatch(ids, x, shared, counted, held))
     return batches
 
 

@@ -141,6 +141,9 @@ def quantize(
     shrinkage: Annotated[
         float | None, _setting("shrinkage", "How far the measured mismatch of the streams is trusted, 0 to 1.")
     ] = None,
+    ridge: Annotated[
+        float | None, _setting("ridge", "ρ of that correction as a share of mean(diag H); more for less text.")
+    ] = None,
     magr: Annotated[float | None, _setting("magr", "MagR's α, for few bits: how much of extremes is given up.")] = None,
     order: Annotated[
         str | None, _setting("order", "Columns: natural, descending, min_pivot, or blocks: heavy ones first.")
@@ -411,14 +414,16 @@ def formats() -> None:
     from rich.table import Table
 
     from formats import FORMATS
+    from formats.compiled import how
 
     table = Table("format", "bits per weight", "block", "bytes a block", "how", box=None, pad_edge=False)
     for fmt in FORMATS.values():
-        how = "kept as it is" if fmt.is_float else "rtn, gpfq, gptq, gptaq, qronos"
+        methods = "kept as it is" if fmt.is_float else "rtn, gpfq, gptq, gptaq, qronos"
         if fmt.ggml_type is None:
-            how = "no GGUF type; ONNX or torch"
-        table.add_row(fmt.name, f"{fmt.bits_per_weight:g}", str(fmt.block_size), str(fmt.block_bytes), how)
+            methods = "no GGUF type; ONNX or torch"
+        table.add_row(fmt.name, f"{fmt.bits_per_weight:g}", str(fmt.block_size), str(fmt.block_bytes), methods)
     _console().print(table)
+    typer.echo(f"\nScales on the CPU are searched by: {how()}")
 
 
 @llamacpp_app.command("install")

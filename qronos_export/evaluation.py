@@ -36,23 +36,20 @@ from qronos_export.online import Online, online_model
 from qronos_export.pipeline import (
     Event,
     Held,
-    Passengers,
     Stage,
     Step,
-    calibrate,
-    check_space,
     fold,
-    folded_bytes,
     held_out_file,
     matched,
     pick_device,
-    rounded_cache,
 )
 from qronos_export.plan import Mix
 from qronos_export.recipe import Recipe
+from qronos_export.streams import Passengers, calibrate, rounded_cache
 from qronos_export.suspended import Block
 from qronos_export.tasks import Scores, Suite
 from qronos_export.transformed import PROBE, need_inputs
+from qronos_export.workspace import check_space, folded_bytes
 
 
 @dataclass(frozen=True)

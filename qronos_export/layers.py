@@ -16,7 +16,7 @@ from qronos_export.attention import Attention
 from qronos_export.calibration import Group, Matrix
 from qronos_export.plan import Mix
 from qronos_export.report import LayerReport
-from qronos_export.rounding import Coupled, Rounder, Settings, chosen, magr, rtn
+from qronos_export.rounding import CORRECTING, Coupled, Rounder, Settings, chosen, magr, rtn
 
 if TYPE_CHECKING:
     from qronos_export.artifact.gguf import StoredTensor, Target
@@ -110,14 +110,13 @@ def _round_rows(
         share = torch.linalg.vecdot(change @ stats.hessian, change).sum()
         share = share / torch.linalg.vecdot(given @ stats.hessian, given).sum()
         moved = f"MagR moved the outputs by {float(share):.2g} of their power"
-    picked = ""
     if settings.dither is not None:  # other draws for every group of layers
         settings = replace(settings, dither=zlib.crc32(f"{settings.dither} {fmt.name} {jobs[0][0].name}".encode()))
     if settings.held_out and rounder is not rtn:
-        settings, picked = chosen(weight, stats, fmt, settings, rounder)
+        settings = chosen(weight, stats, fmt, settings, rounder)
     if attention and rounder is not rtn:
         settings = replace(settings, coupled=_coupled(jobs, attention, stats))
-    note = "; ".join(filter(None, [note, unscaled, moved, picked]))
+    note = "; ".join(filter(None, [note, unscaled, moved]))
     rounded = rounder(weight, stats, fmt, settings)
     power = torch.linalg.vecdot(weight @ stats.hessian if stats.tokens else weight, weight)
     values = rounded.weight.dequantize()
@@ -138,6 +137,8 @@ def _round_rows(
             error=_share(rounded.loss, power, rows),
             recoverable_mismatch=_share(rounded.mismatch, power, rows),
             damping=rounded.damping if rounded.damping else None,
+            shrinkage=settings.shrinkage if rounded.method in CORRECTING else None,
+            ridge=settings.ridge if rounded.method == "qronos" else None,
             tokens=stats.tokens,
             seconds=seconds * len(target.rows),
             note="; ".join(filter(None, [note, rounded.note, attention.note_of(matrix.name) if attention else ""])),

@@ -49,10 +49,11 @@ class Recipe:
                       kv_cache), r4 what `down` reads, quip inputs and outputs of all linear layers; or none.
     method:           qronos, gptaq, gptq, ldlq (QuIP's name for gptq), gpfq or rtn.
     damping:          α in λ = α · mean(diag H).
-    shrinkage:        β in G_β = H + β(G − H): how far the measured mismatch of the two streams is trusted.
+    shrinkage:        β in V = W + βW(G − H)(H + ρI)⁻¹: how far the measured mismatch of the two streams is trusted.
+    ridge:            ρ / mean(diag H) there; null for ρ = λ, as the paper has it.
     magr:             MagR's α: how much of the weights' extremes is given up before they are rounded; 0 is none.
-    held_out:         share of the micro-batches, one in 2, 3, 4, …, on which λ and β are chosen for every group of
-                      layers, λ from a tenth to ten times `damping`; 0 takes damping and shrinkage as they are.
+    held_out:         share of the sequences, one in 2, 3, 4, …, on which λ, ρ and β are chosen for every group of
+                      layers, beginning with `damping` and `ridge`; 0 takes them as they are.
     stochastic:       codes are drawn from the two neighbours of a weight, seeded, instead of the nearest.
     refine:           rounds of new scales and coordinate descent on the codes after error diffusion.
     order:            natural, descending (by diag H, scales fixed beforehand), blocks: blocks with heavy inputs
@@ -81,7 +82,8 @@ class Recipe:
     online: str = "none"
     method: str = "qronos"
     damping: float = 3e-2
-    shrinkage: float = 0.5
+    shrinkage: float = 1.0
+    ridge: float | None = 0.5
     magr: float = 0.0
     held_out: float = 0.0
     stochastic: bool = False
@@ -136,6 +138,8 @@ class Recipe:
             raise UsageError("online: quip rotates what spinquant has learned to rotate; leave one of them out.")
         if not (math.isfinite(self.damping) and self.damping >= 0):
             raise UsageError(f"damping is {self.damping}; expected a number ≥ 0, typically 1e-6 … 1e-1.")
+        if self.ridge is not None and not (math.isfinite(self.ridge) and self.ridge >= 0):
+            raise UsageError(f"ridge is {self.ridge}; expected a number ≥ 0, typically 0.1 … 3, or null.")
         if not (math.isfinite(self.magr) and self.magr >= 0):
             raise UsageError(f"magr is {self.magr}; expected a number ≥ 0, typically 1e-3 … 1e-1.")
         if not 0 <= self.held_out <= 0.5:
@@ -152,11 +156,10 @@ class Recipe:
             raise UsageError("online: quip mixes the rows of heads, which attention_aware tells apart; leave one out.")
         if self.match_lengths is not None and self.method == "rtn" and not self.transform_names:
             raise UsageError("match_lengths is for calibration text, and method: rtn reads none; leave it out.")
-        batches = -(-self.samples // self.micro_batch)
-        if self.held_out and self.match_lengths is None and batches < round(1 / self.held_out):
+        if self.held_out and self.match_lengths is None and self.samples < self.holds_out_one_in:
             raise UsageError(
-                f"held_out: {self.held_out:g} takes one in {round(1 / self.held_out)} micro-batches and there are "
-                f"{batches}; lower micro_batch or raise samples."
+                f"held_out: {self.held_out:g} takes one in {self.holds_out_one_in} sequences and there are "
+                f"{self.samples}; raise samples."
             )
         if not 0 <= self.shrinkage <= 1:
             raise UsageError(f"shrinkage is {self.shrinkage}; expected a number from 0 (GPTQ) to 1 (trust fully).")
@@ -166,6 +169,11 @@ class Recipe:
         """What `attention_aware` comes to."""
         fits = self.method == "qronos" and "quip" not in self.online_names
         return fits if self.attention_aware is None else self.attention_aware
+
+    @property
+    def holds_out_one_in(self) -> int:
+        """What `held_out` comes to: of so many sequences one is held out; 0 for none."""
+        return round(1 / self.held_out) if self.held_out else 0
 
     @property
     def formats(self) -> list[str]:

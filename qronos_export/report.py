@@ -11,6 +11,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from formats.compiled import how
+
 SCHEMA = 1
 
 
@@ -23,6 +25,7 @@ class LayerReport:
                           output on calibration tokens; for methods without calibration, of the weights themselves.
     recoverable_mismatch: squared output error from the streams' mismatch that weights can undo, same unit.
     damping:              the λ used, in units of H.
+    shrinkage, ridge:     the β used, by methods that correct for the mismatch, and qronos' ρ / mean(diag H).
     """
 
     artifact: str
@@ -33,6 +36,8 @@ class LayerReport:
     error: float | None
     recoverable_mismatch: float | None
     damping: float | None
+    shrinkage: float | None
+    ridge: float | None
     tokens: int
     seconds: float
     note: str = ""
@@ -96,6 +101,7 @@ def versions(llama_cpp: str) -> dict[str, str]:
         "python": platform.python_version(),
         **{package: version(package) for package in packages},
         "llama_cpp": llama_cpp,
+        "scale_search": how(),
     }
 
 

@@ -94,7 +94,7 @@ def test_debug_shows_the_traceback_wherever_it_stands(arguments: list[str]) -> N
         ({"transforms": "equalize,none"}, "transforms is 'none'; expected one of hadamard"),
         ({"transforms": ""}, "transforms is ''; expected one of hadamard"),
         ({"held_out": 0.7}, "held_out is 0.7; expected a share from 0 to 0.5"),
-        ({"held_out": 0.25, "samples": 16}, "one in 4 micro-batches and there are 2; lower micro_batch"),
+        ({"held_out": 0.25, "samples": 3}, "one in 4 sequences and there are 3; raise samples"),
         ({"match_lengths": "prompts.txt", "method": "rtn"}, "rtn reads none"),
         ({"attention_aware": True, "online": "quip"}, "quip mixes the rows of heads"),
         ({"refine": -1}, "refine is -1; expected a number of rounds"),

@@ -25,9 +25,10 @@ from qronos_export.corpus import held_out_text, held_out_tokens
 from qronos_export.errors import OutputError, TransformError, UsageError
 from qronos_export.evaluation import Evaluated, Evaluation, _everything, evaluate
 from qronos_export.online import online_model
-from qronos_export.pipeline import Held, Passengers, Step, calibrate, matched
+from qronos_export.pipeline import Held, Step, matched
 from qronos_export.recipe import ACTIVATIONS as NAMES
 from qronos_export.recipe import Recipe
+from qronos_export.streams import Passengers, calibrate
 from tests.families import FAMILIES, make
 
 
@@ -103,18 +104,21 @@ def test_what_is_measured_on_is_not_calibrated_on(tmp_path: Path) -> None:
 
 
 def test_layers_are_tuned_on_tokens_held_out(text: Path, tmp_path: Path) -> None:
-    """One micro-batch in four; every layer's note names what was chosen. Too few of them are refused."""
+    """One sequence in four, which need not be a micro-batch; every group gets a λ, a ρ and a β of its own."""
     recipe = Recipe(
         str(make("llama", tmp_path / "tiny")), "INT3", calibration=str(text), samples=8, sequence_length=64,
-        held_out=0.25, micro_batch=2, refine=1, stochastic=True, order="min_pivot", transforms="none",
+        held_out=0.25, refine=1, stochastic=True, order="min_pivot", transforms="none", attention_aware=False,
     )  # fmt: skip
-    *events, done = evaluate(recipe.model, recipe, Held(text, 64, 2), device="cpu")
-    layers = [event.layer for event in events if isinstance(event, Step) and event.layer]
-    picked = [layer for layer in layers if layer.note.endswith("by held-out tokens")]
-    assert len(picked) == 14 and len({layer.note for layer in picked}) > 1
-    assert isinstance(done, Evaluated) and done.evaluation.kl_divergence
-    with pytest.raises(UsageError, match=r"held_out: 0\.25 takes one in 4 micro-batches and there are 2"):
-        replace(recipe, micro_batch=4)
+
+    def rounded(recipe: Recipe) -> set[tuple[float | None, ...]]:
+        *events, done = evaluate(recipe.model, recipe, Held(text, 64, 2), device="cpu")
+        layers = [event.layer for event in events if isinstance(event, Step) and event.layer]
+        assert len(layers) == 14 and isinstance(done, Evaluated) and done.evaluation.kl_divergence
+        return {(layer.damping, layer.shrinkage, layer.ridge) for layer in layers}
+
+    groups = rounded(recipe)
+    assert len(groups) == 8 and all(len({group[i] for group in groups}) > 1 for i in range(3))
+    assert {group[1:] for group in rounded(replace(recipe, held_out=0))} == {(1.0, 0.5)}
 
 
 def test_sequences_as_long_as_the_prompts(text: Path, tmp_path: Path) -> None:

@@ -18,8 +18,8 @@ from qronos_export.calibration import Clock, Runtime
 from qronos_export.checkpoint import LazyModel, head_sizes, open_checkpoint, round_cache
 from qronos_export.errors import UsageError
 from qronos_export.kv_cache import KVCache
-from qronos_export.pipeline import _key_order, rounded_cache
 from qronos_export.recipe import Recipe
+from qronos_export.streams import _key_order, rounded_cache
 from tests.families import FAMILIES, make
 
 

@@ -46,6 +46,7 @@ doc_to_target: answer
 metric_list:
   - {metric: acc, aggregation: mean, higher_is_better: true}
   - {metric: acc_norm, aggregation: mean, higher_is_better: true}
+  - {metric: brier_score, aggregation: brier_score, higher_is_better: false}
 """
 THINGS = ("blood", "corn", "the sky", "fire", "sand", "water", "lava", "gold", "ice", "wine", "honey", "ink")
 ITEMS: list[dict[str, Any]] = [
@@ -90,11 +91,12 @@ def finish(model: Path, recipe: Recipe | None, text: Path, **options: Any) -> Ev
     return done
 
 
-def expected(folder: Path) -> tuple[float, float]:
-    """Shares of items whose likeliest answer, as it is and per character, is the right one."""
+def expected(folder: Path) -> tuple[float, float, float]:
+    """Shares of items whose likeliest answer, as it is and per character, is the right one; and the mean squared
+    distance of the answers' probabilities from it (Brier), which no two models share by chance."""
     checkpoint = open_checkpoint(str(folder))
     model, encode = load_whole(checkpoint), tokenizer(checkpoint)
-    right = torch.zeros(2)
+    right, distance = torch.zeros(2), 0.0
     for item in ITEMS:
         question = f"Question: {item['question']}\nAnswer:"
         start = len(encode(question)["input_ids"])
@@ -107,20 +109,23 @@ def expected(folder: Path) -> tuple[float, float]:
         plain = torch.stack(likelihood)
         lengths = torch.tensor([len(choice) for choice in item["choices"]])
         right += torch.tensor([int(each.argmax()) == item["answer"] for each in (plain, plain / lengths)])
+        correct = torch.eye(len(plain))[item["answer"]]
+        distance += float((plain.softmax(0) - correct).square().sum()) / len(ITEMS)
     acc, acc_norm = (right / len(ITEMS)).tolist()
-    return acc, acc_norm
+    return acc, acc_norm, distance
 
 
-def checked(found: Scores | None, folder: Path) -> tuple[float, float]:
+def checked(found: Scores | None, folder: Path) -> float:
     """What lm-eval says of the model in `folder` is what a plain count says."""
     assert found is not None and list(found) == ["colours"]
     scores = found["colours"]
-    assert list(scores) == ["acc,none", "acc_stderr,none", "acc_norm,none", "acc_norm_stderr,none"]
-    for metric, share in zip(("acc", "acc_norm"), expected(folder), strict=True):
+    *shares, distance = expected(folder)
+    for metric, share in zip(("acc", "acc_norm"), shares, strict=True):
         assert scores[f"{metric},none"] == pytest.approx(share)
         error = math.sqrt(share * (1 - share) / (len(ITEMS) - 1))
         assert scores[f"{metric}_stderr,none"] == pytest.approx(error)
-    return scores["acc,none"], scores["acc_norm,none"]
+    assert scores["brier_score,none"] == pytest.approx(distance, rel=1e-6)
+    return scores["brier_score,none"]
 
 
 def test_scores_are_those_of_both_models(folder: Path, text: Path, tmp_path: Path) -> None:
@@ -145,7 +150,7 @@ def test_scores_are_those_of_both_models(folder: Path, text: Path, tmp_path: Pat
             fmt = find_format("INT2", weight.shape[1])
             weights[name] = fmt.dequantize(fmt.quantize(weight, None))
     save_file(weights, rounded / "model.safetensors", {"format": "pt"})
-    assert checked(done.scores_reference, model) != checked(done.scores, rounded)
+    assert checked(done.scores_reference, model) != pytest.approx(checked(done.scores, rounded), rel=1e-5)
 
 
 class Perplexity:

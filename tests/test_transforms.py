@@ -17,12 +17,12 @@ from qronos_export.checkpoint import Checkpoint, LazyModel, load_whole, open_che
 from qronos_export.errors import TransformError
 from qronos_export.evaluation import _everything, _Nowhere
 from qronos_export.online import Rotated
-from qronos_export.pipeline import Passengers, calibrate
 from qronos_export.recipe import TRANSFORMS as NAMES
 from qronos_export.recipe import Recipe
 from qronos_export.rounding.gptq import gptq
 from qronos_export.rounding.rounded import Settings
 from qronos_export.statistics import LayerStats
+from qronos_export.streams import Passengers, calibrate
 from qronos_export.transformed import logits, transformed, whole
 from qronos_export.transforms import TRANSFORMS, Goal, InputStats
 from qronos_export.transforms.hadamard import hadamard, random_rotation

@@ -19,7 +19,10 @@ ROUNDERS: dict[str, Rounder] = {
     "rtn": rtn,
 }
 
+CORRECTING = ("qronos", "gptaq")  # those that use β
+
 __all__ = [
+    "CORRECTING",
     "ROUNDERS",
     "Coupled",
     "Rounded",

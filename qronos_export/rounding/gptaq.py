@@ -23,7 +23,7 @@ from qronos_export.rounding.rounded import Rounded, Settings
 @calibrated
 def gptaq(weight: Tensor, normal: Normal, fmt: BlockFormat, settings: Settings) -> Rounded:
     """Round `weight` [rows, columns]; `settings.shrinkage` scales the asymmetric term."""
-    _, mismatch = normal.project(weight, 0.0)
+    _, mismatch = normal.project(weight, 0.0, settings.ridge)
     drift = (normal.cross - normal.hessian).to(normal.upper.dtype)
     order = torch.arange(len(drift), device=drift.device) if normal.order is None else normal.order
     passed_on = (drift[order][:, order] @ normal.upper.T).triu(1) @ normal.upper

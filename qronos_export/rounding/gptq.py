@@ -37,13 +37,13 @@ def calibrated(solve: Callable[[Tensor, Normal, BlockFormat, Settings], Rounded]
 @calibrated
 def ldlq(weight: Tensor, normal: Normal, fmt: BlockFormat, settings: Settings) -> Rounded:
     """QuIP's linear feedback (arXiv 2307.13304), which comes to the same as GPTQ."""
-    return diffuse(weight, normal, fmt, "ldlq", normal.project(weight, 0.0)[1], settings)
+    return diffuse(weight, normal, fmt, "ldlq", normal.project(weight, 0.0, settings.ridge)[1], settings)
 
 
 @calibrated
 def gptq(weight: Tensor, normal: Normal, fmt: BlockFormat, settings: Settings) -> Rounded:
     """Round `weight` [rows, columns] so that X̂q stays close to X̂w."""
-    _, mismatch = normal.project(weight, 0.0)
+    _, mismatch = normal.project(weight, 0.0, settings.ridge)
     return diffuse(weight, normal, fmt, "gptq", mismatch, settings)
 
 

@@ -1,51 +1,72 @@
-"""λ and β of one group of layers, by what the rounded weights do on tokens that were held out.
+"""λ, ρ and β of one group of layers, by what they do on tokens that were held out.
 
-For every λ of a few around the recipe's, β is the minimum of a parabola: the projection moves the weights by β·S, and
-on held-out moments H', G' the output error ‖XWᵀ − X̂(W + βS)ᵀ‖² is least at β = ⟨W(G' − H'), S⟩ / ⟨SH', S⟩. Weights are
-then rounded on the moments of the other tokens, and the λ that leaves the least error is taken for all.
+For a ρ, the projection moves the weights by β·S, S = W(G − H)(H + ρI)⁻¹ on the moments of the other tokens, and on
+held-out moments H', G' the output error ‖XWᵀ − X̂(W + βS)ᵀ‖² is least at β = ⟨W(G' − H'), S⟩ / ⟨SH', S⟩. Then some of
+the rows are rounded with a λ, and their output error on the held-out tokens tells. Both searches begin with what is
+given and go by half powers of ten, up or down, while that is better.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 from torch import Tensor
 
 from formats import BlockFormat
-from qronos_export.rounding.least_squares import SingularError, normal_equations
+from qronos_export.rounding.least_squares import Normal, SingularError, normal_equations
 from qronos_export.rounding.qronos import qronos
 from qronos_export.rounding.rounded import Rounder, Settings
 from qronos_export.statistics import LayerStats
 
-FACTORS = (0.1, 0.3, 1.0, 3.0, 10.0)
+STEP, FAR = 10**0.5, 4  # how much λ or ρ changes at once, and how often at most
+_ROWS = 256  # enough to tell one λ from another
 
 
-def chosen(
-    weight: Tensor, stats: LayerStats, fmt: BlockFormat, settings: Settings, rounder: Rounder
-) -> tuple[Settings, str]:
-    """`settings` with the damping, and for Qronos the shrinkage, that suit `weight` [rows, columns] best; and a note.
-    The given ones where none of the group's tokens were held out, or all."""
+def chosen(weight: Tensor, stats: LayerStats, fmt: BlockFormat, settings: Settings, rounder: Rounder) -> Settings:
+    """`settings` with the damping, and for Qronos the ridge and the shrinkage, that suit `weight` [rows, columns] best;
+    as they are where none of the group's tokens were held out, or all."""
     if stats.held is None or stats.held.tokens == stats.tokens:
-        return settings, "no tokens to choose λ and β on"
+        return settings
     train, held = stats.without_held(), stats.held
-    best, least, corrects = settings, float("inf"), rounder is qronos
-    for factor in FACTORS:
-        each = replace(settings, damping=factor * settings.damping)
-        try:
-            each = replace(each, shrinkage=_shrinkage(weight, train, held, each)) if corrects else each
-        except SingularError:
-            continue
-        values = rounder(weight, train, fmt, each).weight.dequantize()
+    sample = weight[:: -(-len(weight) // _ROWS)]
+
+    def rounded(steps: int) -> tuple[float, Settings]:
+        each = replace(settings, damping=settings.damping * STEP**steps)
+        values = rounder(sample, train, fmt, each).weight.dequantize()
         # ‖XWᵀ − X̂Qᵀ‖² without ‖XWᵀ‖², which is the same for all
-        left = float((values @ held.hessian * values).sum() - 2 * (weight @ held.cross * values).sum())
-        if left < least:
-            best, least = each, left
-    beta = f" and β {best.shrinkage:.2f}" if corrects else ""
-    return best, f"λ {best.damping:.2g}{beta} by held-out tokens"
+        return float((values @ held.hessian * values).sum() - 2 * (sample @ held.cross * values).sum()), each
+
+    if rounder is qronos:
+        try:
+            normal = normal_equations(train, settings.damping, "natural")
+            settings = _least(lambda steps: _corrected(weight, normal, held, settings, steps))
+        except SingularError:
+            return settings
+    return _least(rounded)
 
 
-def _shrinkage(weight: Tensor, train: LayerStats, held: LayerStats, settings: Settings) -> float:
-    step = normal_equations(train, settings.damping, "natural").project(weight, 1.0)[0] - weight
+def _corrected(
+    weight: Tensor, normal: Normal, held: LayerStats, settings: Settings, steps: int
+) -> tuple[float, Settings]:
+    """The held-out output error that a ridge leaves with its best β, but for a constant; and these settings."""
+    ridge = (settings.damping if settings.ridge is None else settings.ridge) * STEP**steps
+    step = normal.project(weight, 1.0, ridge)[0] - weight
     along = float((weight @ (held.cross - held.hessian) * step).sum())
     power = float((step @ held.hessian * step).sum())
-    return min(1.0, max(0.0, along / power)) if power > 0 else 0.0
+    shrinkage = min(1.0, max(0.0, along / power)) if power > 0 else 0.0
+    return shrinkage**2 * power - 2 * shrinkage * along, replace(settings, ridge=ridge, shrinkage=shrinkage)
+
+
+def _least(tried: Callable[[int], tuple[float, Settings]]) -> Settings:
+    """What has the least error: from 0 upwards while that lowers it; if it does not at all, downwards."""
+    error, best = tried(0)
+    for step in (1, -1):
+        for steps in range(step, step * (FAR + 1), step):
+            less, found = tried(steps)
+            if not less < error:
+                break
+            error, best = less, found
+        if steps != step:
+            break
+    return best

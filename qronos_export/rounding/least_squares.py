@@ -30,6 +30,7 @@ class Normal:
     hessian, cross: float32 [features, features] with something small on the diagonal of dead columns, in storage order.
     upper:          U, float64, in sweep order.
     damping:        the λ that was needed, in units of H.
+    unit:           mean(diag H) over columns that are not dead.
     note:           empty, or what had to be done differently.
     """
 
@@ -37,6 +38,7 @@ class Normal:
     cross: Tensor
     upper: Tensor
     damping: float
+    unit: float
     order: Tensor | None
     note: str
 
@@ -52,13 +54,25 @@ class Normal:
         damped.diagonal().add_(self.damping)
         return damped
 
-    def project(self, weight: Tensor, shrinkage: float) -> tuple[Tensor, Tensor]:
-        """The least-squares weights V = W(G_β + λI)(H + λI)⁻¹ for inputs X̂ and outputs XWᵀ, G_β = H + β(G − H).
+    def project(self, weight: Tensor, shrinkage: float, ridge: float | None = None) -> tuple[Tensor, Tensor]:
+        """The least-squares weights V = W + βW(G − H)(H + ρI)⁻¹ for inputs X̂ and outputs XWᵀ; ρ = `ridge` · unit, or λ.
 
-        Returns V [rows, features] and, per row, the squared output error that V recovers at β = 1:
-        W(G − H)(H + λI)⁻¹(G − H)ᵀWᵀ, what GPTQ leaves on the table. [rows]
+        With ρ = λ and β = 1 that is the paper's W(G + λI)(H + λI)⁻¹. Returns V [rows, features] and, per row, the
+        squared output error that V recovers at β = 1, W(G − H)(H + ρI)⁻¹(G − H)ᵀWᵀ:
+        what GPTQ leaves on the table. [rows]
+
+        Raises SingularError where H + ρI is not positive definite.
         """
         drift = weight @ (self.cross - self.hessian)
+        if ridge is not None:
+            matrix = self.hessian.to(torch.float64)
+            matrix.diagonal().add_(ridge * self.unit)
+            lower, info = torch.linalg.cholesky_ex(matrix)
+            if int(info):
+                raise SingularError(f"H + ρI is not positive definite with ρ = {ridge * self.unit:.3g}")
+            half = torch.linalg.solve_triangular(lower, drift.T.to(lower.dtype), upper=False)
+            step = torch.linalg.solve_triangular(lower.T, half, upper=True).T.to(torch.float32)
+            return weight + shrinkage * step, half.square().sum(0).to(torch.float32)
         ordered = drift if self.order is None else drift[:, self.order]
         half = ordered.to(self.upper.dtype) @ self.upper.T
         step = (half @ self.upper).to(torch.float32)
@@ -160,6 +174,6 @@ def normal_equations(stats: LayerStats, damping: float, order: str, block: int =
             upper = torch.linalg.solve_triangular(lower, identity, upper=False).flip(0, 1)
             if attempt:
                 note = "; ".join(filter(None, [note, f"damping raised {10**attempt}-fold"]))
-            return Normal(hessian, cross, upper, lam, permutation, note)
+            return Normal(hessian, cross, upper, lam, scale, permutation, note)
         damping = damping or 1e-8
     raise SingularError(f"H + λI is not positive definite up to λ = {lam:.3g}")

@@ -17,12 +17,13 @@ class Settings:
     """What the user may turn, and how rows hang together; each rounder reads what concerns it.
 
     damping:    α in λ = α · mean(diag H).
-    shrinkage:  β in G_β = H + β(G − H); 1 trusts the measured mismatch of the streams fully, 0 is GPTQ.
+    shrinkage:  β in V = W + βW(G − H)(H + ρI)⁻¹; 1 trusts the measured mismatch of the streams fully, 0 is GPTQ.
     magr:       MagR's α, in units of each row's root mean square; 0 leaves the weights. Done before the rounder.
     order:      natural, descending (by diag H), blocks: heavy blocks first, and in them heavy columns, or min_pivot.
     dither:     seed of stochastic rounding; None rounds to nearest.
     refine:     rounds of new scales and coordinate descent after the sweep.
     held_out:   choose damping and shrinkage anew for every group of layers, on tokens held out.
+    ridge:      ρ / mean(diag H) there; None for ρ = λ.
     coupled:    rows of the weight at hand whose errors meet in a product; those who call a rounder know.
     """
 
@@ -33,6 +34,7 @@ class Settings:
     dither: int | None = None
     refine: int = 0
     held_out: bool = False
+    ridge: float | None = None
     coupled: Sequence[Coupled] = ()
 
 

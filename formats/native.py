@@ -1,0 +1,92 @@
+"""The compiled searches (`search.cpp`) on tensors. Each returns None where torch has to do it: off the CPU, in another
+precision than float32, for levels that are floats, or where nothing could be compiled.
+
+Weights x and importance w are [size, groups], a group a column.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from ctypes import c_bool, c_float, c_long, c_void_p
+
+import torch
+from torch import Tensor
+
+from formats.block import Codebook, Integers, Levels, cells
+from formats.compiled import library
+
+
+def group_sums(
+    x: Tensor, importance: Tensor, levels: Levels, inverse: Tensor, offset: Tensor | None, scale: Tensor | None = None
+) -> Tensor | None:
+    """Σ w·q, Σ w·q·x and Σ w·q²: [3, groups]; with a `scale` Σ w·(scale·q + offset − x)²: [1, groups]. All else is
+    [groups]."""
+    offset = torch.zeros_like(inverse) if offset is None else offset
+    scales = inverse.new_empty(0) if scale is None else scale
+    if (lib := _library(x, importance, inverse, offset, scales)) is None or (line := _line(levels)) is None:
+        return None
+    x, importance, inverse, offset, scales = (t.contiguous() for t in (x, importance, inverse, offset, scales))
+    found = x.new_empty(3 if scale is None else 1, x.shape[1])
+    lib.group_sums(*_weights(x, importance), *line, *map(_at, (inverse, offset, scales, found)))
+    return found
+
+
+def search_scale(
+    x: Tensor, importance: Tensor, levels: Levels, reach: Sequence[float], beside: Sequence[float]
+) -> Tensor | None:
+    """scale_search.search_scale: [groups]."""
+    if (lib := _library(x, importance)) is None or (line := _line(levels)) is None:
+        return None
+    x, importance = x.contiguous(), importance.contiguous()
+    found = x.new_empty(x.shape[1])
+    lib.search_scale(*_weights(x, importance), *line, *_list(reach), *_list(beside), _at(found))
+    return found
+
+
+def search_affine(
+    x: Tensor, importance: Tensor, high: int, below_zero: bool, tries: Sequence[tuple[float, float]]
+) -> tuple[Tensor, Tensor] | None:
+    """affine_search.search_affine, which tries so many codes more and codes below: [groups] each."""
+    if (lib := _library(x, importance)) is None:
+        return None
+    x, importance = x.contiguous(), importance.contiguous()
+    scale, offset = x.new_empty(2, x.shape[1])
+    numbers, _ = _list([number for pair in tries for number in pair])
+    lib.search_affine(
+        *_weights(x, importance),
+        c_float(high),
+        c_bool(below_zero),
+        numbers,
+        c_long(len(tries)),
+        _at(scale),
+        _at(offset),
+    )
+    return scale, offset
+
+
+def _library(*given: Tensor) -> ctypes.CDLL | None:
+    usable = all(t.device.type == "cpu" and t.dtype == torch.float32 for t in given)
+    return library() if usable else None
+
+
+def _at(tensor: Tensor) -> c_void_p:
+    return c_void_p(tensor.data_ptr())
+
+
+def _weights(x: Tensor, importance: Tensor) -> tuple[c_long, c_long, c_void_p, c_void_p]:
+    return c_long(x.shape[0]), c_long(x.shape[1]), _at(x), _at(importance)
+
+
+def _list(numbers: Sequence[float]) -> tuple[ctypes.Array[c_float], c_long]:
+    return (c_float * len(numbers))(*numbers), c_long(len(numbers))
+
+
+def _line(levels: Levels) -> tuple[c_void_p, c_float, c_float, c_float] | None:
+    """A codebook's table by cells of the line (null: integers), first and last of them, and how many make a unit."""
+    if isinstance(levels, Integers):
+        return c_void_p(), c_float(levels.low), c_float(levels.high), c_float(1)
+    if isinstance(levels, Codebook):
+        *_, by_cell, low, per_unit = cells(levels.levels, torch.device("cpu"))
+        return _at(by_cell), c_float(low), c_float(low + len(by_cell) - 1), c_float(per_unit)
+    return None

@@ -1,0 +1,39 @@
+"""Parts of a large tensor at once, one core each. Torch's own threads gain little on parts that fit into a cache, and
+between operations they wait busily."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+import torch
+
+Part = TypeVar("Part")
+Found = TypeVar("Found")
+
+
+def side_by_side(function: Callable[[Part], Found], parts: Iterable[Part], device: torch.device) -> list[Found]:
+    """`function` of every part, in order; on a CPU on as many threads as torch may use. In these torch has one thread.
+    No gradients are recorded, and the results are those of one part after another."""
+    parts = list(parts)
+    threads = torch.get_num_threads() if device.type == "cpu" else 1  # 1 in these threads themselves
+    inference = torch.is_inference_mode_enabled()  # which a new thread would not know
+
+    def alone(part: Part) -> Found:
+        with torch.inference_mode(inference), torch.no_grad():
+            return function(part)
+
+    if threads == 1 or not parts:
+        return [alone(part) for part in parts]
+    try:
+        with ThreadPoolExecutor(min(threads, len(parts)), initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            return list(pool.map(alone, parts))
+    finally:
+        torch.set_num_threads(threads)  # a thread's own setting is also that of threads to come
+
+
+def at_once(device: torch.device) -> int:
+    """How many weights to take at a time: on a CPU so few that temporaries stay in the cache, else little beside
+    large tables."""
+    return 1 << 18 if device.type == "cpu" else 1 << 22

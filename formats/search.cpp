@@ -1,0 +1,227 @@
+// What formats/sums.py, scale_search.py and affine_search.py do in torch, in one loop each: for every group of weights
+// x with importance w, [size, groups] float32, groups side by side in vectors. Code q of a weight is the level nearest
+// to (x - offset) * inverse.
+
+#include <cstring>
+#include <limits>
+#include <vector>
+
+#if defined(__AVX512F__)
+typedef float Lanes __attribute__((vector_size(64)));
+#elif defined(__AVX__)
+typedef float Lanes __attribute__((vector_size(32)));
+#else
+typedef float Lanes __attribute__((vector_size(16)));
+#endif
+
+template <class V> static V load(const float *from) {
+    V v;
+    std::memcpy(&v, from, sizeof v);
+    return v;
+}
+
+template <class V> static void store(float *to, V v) { std::memcpy(to, &v, sizeof v); }
+
+// V is Lanes or float. NaN becomes `low`, so that no place is outside of a table.
+template <class V> static V clamp(V v, V low, V high) {
+    v = v > low ? v : low;
+    return v < high ? v : high;
+}
+
+// The nearest integer, halves to even, of numbers below 2^22.
+template <class V> static V round(V v) { return (v + 12582912.0f) - 12582912.0f; }
+
+// v where it is finite, else `other`.
+template <class V> static V finite_or(V v, V other) { return v - v == V{} ? v : other; }
+
+struct Integers {
+    float low, high;
+    template <class V> V nearest(V v) const { return round(clamp(v, V{} + low, V{} + high)); }
+};
+
+struct Codebook {
+    const float *levels; // by cell of the line, see `cells` of formats/block.py
+    float low, high, per_unit;
+
+    template <class V> V nearest(V v) const {
+        v = clamp(v * per_unit, V{} + low, V{} + high);
+        V cell = round(v);
+        cell = (cell < v ? cell + 1.0f : cell) - low;
+        constexpr int lanes = sizeof(V) / sizeof(float);
+        float cells[lanes], found[lanes];
+        store(cells, cell);
+        for (int lane = 0; lane < lanes; lane++) found[lane] = levels[static_cast<int>(cells[lane])];
+        return load<V>(found);
+    }
+};
+
+struct Weights {
+    const float *x, *importance;
+    long size, stride;
+
+    template <class V> V value(long i) const { return load<V>(x + i * stride); }
+    template <class V> V weight(long i) const { return load<V>(importance + i * stride); }
+};
+
+template <class V> struct Moments {
+    V wq{}, wqx{}, wqq{};
+};
+
+template <class V, class L> static Moments<V> moments(const Weights &of, const L &levels, V inverse, V offset) {
+    Moments<V> sums;
+    for (long i = 0; i < of.size; i++) {
+        const V x = of.value<V>(i), q = levels.nearest((x - offset) * inverse), wq = of.weight<V>(i) * q;
+        sums.wq += wq;
+        sums.wqx += wq * x;
+        sums.wqq += wq * q;
+    }
+    return sums;
+}
+
+template <class V, class L> static V squared_error(const Weights &of, const L &levels, V inverse, V offset, V scale) {
+    V total{};
+    for (long i = 0; i < of.size; i++) {
+        const V x = of.value<V>(i), off = levels.nearest((x - offset) * inverse) * scale + offset - x;
+        total += of.weight<V>(i) * (off * off);
+    }
+    return total;
+}
+
+// scale_search.search_scale
+template <class V, class L>
+static V search_one(const Weights &of, const L &levels, const float *reach, long reaches, const float *beside, long steps) {
+    V low = of.value<V>(0), high = low;
+    for (long i = 1; i < of.size; i++) {
+        const V x = of.value<V>(i);
+        low = x < low ? x : low;
+        high = x > high ? x : high;
+    }
+    const V top = -low > high ? low : high, per_peak = finite_or(1.0f / top, V{});
+    V chosen = top / reach[0], gain{}, anchor = V{} + reach[0];
+    auto try_on = [&](V at) {
+        const Moments<V> sums = moments(of, levels, per_peak * at, V{});
+        const V scale = sums.wqx / sums.wqq, lowered = sums.wqx * scale;
+        const auto better = lowered > gain;
+        chosen = better ? scale : chosen;
+        anchor = better ? at : anchor;
+        gain = better ? lowered : gain;
+    };
+    for (long k = 0; k < reaches; k++) try_on(V{} + reach[k]);
+    for (long k = 0; k < steps; k++) {
+        const V best = anchor;
+        try_on(best - beside[k]);
+        try_on(best + beside[k]);
+    }
+    return chosen;
+}
+
+// affine_search.search_affine; tries: pairs of codes wider, and codes cut off below.
+template <class V>
+static void search_two(const Weights &of, float high, bool below_zero, const float *tries, long count, V &scale,
+                          V &offset) {
+    V low = of.value<V>(0), top = low, w{}, wx{};
+    for (long i = 0; i < of.size; i++) {
+        const V x = of.value<V>(i), weight = of.weight<V>(i);
+        low = x < low ? x : low;
+        top = x > top ? x : top;
+        w += weight;
+        wx += weight * x;
+    }
+    if (below_zero) low = low < V{} ? low : V{}, top = top > V{} ? top : V{};
+    const V span = top - low;
+    V gain = V{} - std::numeric_limits<float>::infinity();
+    scale = span / high, offset = low;
+    auto try_on = [&](V step, V shift) {
+        const Moments<V> sums = moments(of, Integers{0.0f, high}, finite_or(1.0f / step, V{}), shift);
+        step = (sums.wqx * w - sums.wq * wx) / (sums.wqq * w - sums.wq * sums.wq);
+        shift = (wx - step * sums.wq) / w;
+        if (below_zero) {
+            step = shift > V{} ? sums.wqx / sums.wqq : step;
+            shift = shift > V{} ? V{} : shift;
+        }
+        const V explained = step * sums.wqx + shift * wx;
+        const V reached =
+            2.0f * explained - (step * step * sums.wqq + 2.0f * step * shift * sums.wq + shift * shift * w);
+        const auto better = (reached > gain) & (step > V{}) & (shift - shift == V{});
+        scale = better ? step : scale;
+        offset = better ? shift : offset;
+        gain = better ? reached : gain;
+    };
+    for (long k = 0; k < count; k++) {
+        const V step = span / (high + tries[2 * k]);
+        try_on(step, low + tries[2 * k + 1] * step);
+    }
+    for (int k = 0; k < 2; k++) try_on(scale, offset);
+}
+
+// `each`(V{}, first) for groups first, first + 1, … as many as V has lanes.
+template <class F> static void over_groups(long groups, F each) {
+    const long lanes = sizeof(Lanes) / sizeof(float);
+    long first = 0;
+    for (; first + lanes <= groups; first += lanes) each(Lanes{}, first);
+    for (; first < groups; first++) each(0.0f, first);
+}
+
+// The same with these groups side by side in the nearest cache: `each`(V{}, first, weights).
+template <class F> static void over_tiles(const Weights &all, long groups, F each) {
+    std::vector<float> x(all.size * sizeof(Lanes) / sizeof(float)), importance(x.size());
+    over_groups(groups, [&](auto zero, long first) {
+        using V = decltype(zero);
+        const long lanes = sizeof(V) / sizeof(float);
+        const Weights from{all.x + first, all.importance + first, all.size, all.stride};
+        for (long i = 0; i < all.size; i++) {
+            store(&x[i * lanes], from.value<V>(i));
+            store(&importance[i * lanes], from.weight<V>(i));
+        }
+        each(zero, first, Weights{x.data(), importance.data(), all.size, lanes});
+    });
+}
+
+template <class F> static void with_levels(const float *table, float low, float high, float per_unit, F use) {
+    if (table)
+        use(Codebook{table, low, high, per_unit});
+    else
+        use(Integers{low, high});
+}
+
+// `table`: null for integers low … high; else a codebook's levels by cell, for cells low … high, `per_unit` to a unit.
+// Where `scales` are given, `sums` are errors [groups], else moments [3, groups].
+extern "C" void group_sums(long size, long groups, const float *x, const float *importance, const float *table,
+                           float low, float high, float per_unit, const float *inverse, const float *offset,
+                           const float *scales, float *sums) {
+    with_levels(table, low, high, per_unit, [&](auto levels) {
+        over_groups(groups, [&](auto zero, long first) {
+            using V = decltype(zero);
+            const Weights of{x + first, importance + first, size, groups};
+            const V factor = load<V>(inverse + first), shift = load<V>(offset + first);
+            if (scales) {
+                store(sums + first, squared_error(of, levels, factor, shift, load<V>(scales + first)));
+                return;
+            }
+            const Moments<V> found = moments(of, levels, factor, shift);
+            store(sums + first, found.wq);
+            store(sums + groups + first, found.wqx);
+            store(sums + 2 * groups + first, found.wqq);
+        });
+    });
+}
+
+extern "C" void search_scale(long size, long groups, const float *x, const float *importance, const float *table,
+                             float low, float high, float per_unit, const float *reach, long reaches,
+                             const float *beside, long steps, float *scales) {
+    with_levels(table, low, high, per_unit, [&](auto levels) {
+        over_tiles(Weights{x, importance, size, groups}, groups, [&](auto zero, long first, const Weights &of) {
+            store(scales + first, search_one<decltype(zero)>(of, levels, reach, reaches, beside, steps));
+        });
+    });
+}
+
+extern "C" void search_affine(long size, long groups, const float *x, const float *importance, float high,
+                              bool below_zero, const float *tries, long count, float *scales, float *offsets) {
+    over_tiles(Weights{x, importance, size, groups}, groups, [&](auto zero, long first, const Weights &of) {
+        auto scale = zero, offset = zero;
+        search_two(of, high, below_zero, tries, count, scale, offset);
+        store(scales + first, scale);
+        store(offsets + first, offset);
+    });
+}

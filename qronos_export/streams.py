@@ -1,0 +1,218 @@
+"""Every weight of a model rounded, block by block, in one walk of the float stream and of all quantized ones."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Protocol
+
+import torch
+
+from qronos_export import calibration
+from qronos_export.activations import Activation, activation
+from qronos_export.artifact import gguf
+from qronos_export.attention import read_attention
+from qronos_export.calibration import Clock, Group, Matrix, MicroBatch
+from qronos_export.checkpoint import LazyModel, head_sizes, round_cache
+from qronos_export.kv_cache import KVCache
+from qronos_export.layers import Destinations, Store, round_group
+from qronos_export.memory import give_back
+from qronos_export.plan import Mix
+from qronos_export.recipe import Recipe
+from qronos_export.report import LayerReport
+from qronos_export.rounding import ROUNDERS, Settings, blind
+from qronos_export.statistics import LayerStats
+
+
+@dataclass
+class Passengers:
+    """Sequences `tokens` int64 [n, length] that ride along in all streams and that nothing is learned from. Afterwards
+    `batches` hold what the last block returned, and `heads` each quantized stream's output matrix [vocabulary, hidden].
+    """
+
+    tokens: torch.Tensor
+    batches: list[MicroBatch] = field(default_factory=list)
+    heads: list[torch.Tensor] = field(default_factory=list)
+
+
+class Sink(Protocol):
+    """What takes the blocks of one quantized stream: an Output, or what stands for one."""
+
+    @property
+    def mix(self) -> Mix: ...
+
+    @property
+    def store(self) -> Store: ...
+
+
+def calibrate(
+    model: LazyModel,
+    plan: Destinations,
+    outputs: Sequence[Sink],
+    tokens: torch.Tensor,
+    recipe: Recipe,
+    clock: Clock,
+    passengers: Passengers | None = None,
+) -> Iterator[LayerReport]:
+    """Embedding, every block, head: all streams side by side; yields each tensor as it is rounded."""
+    rounder = blind if recipe.method == "rtn" else ROUNDERS[recipe.method]
+    settings = Settings(
+        recipe.damping, recipe.shrinkage, recipe.order, recipe.magr, recipe.seed if recipe.stochastic else None,
+        recipe.refine, recipe.holds_out_one_in > 0, recipe.ridge,
+    )  # fmt: skip
+    decoder = calibration.Decoder(model.model.get_decoder(), model.blocks)
+    runtime = _runtime(model, plan, outputs, recipe)
+
+    clock.lap(None)
+    _claim_embedding(model, plan)
+    apart = held_out(len(tokens), recipe.holds_out_one_in)
+    batches = calibration.enter(decoder, tokens[~apart], recipe.micro_batch)
+    if bool(apart.any()):
+        batches += calibration.enter(decoder, tokens[apart], recipe.micro_batch, held=True)
+    (probe,) = calibration.enter(decoder, tokens[:1], 1)  # how a block rotates by position shows on any hidden states
+    if passengers:
+        passengers.batches = calibration.enter(decoder, passengers.tokens, recipe.micro_batch, counted=False)
+        batches = [*batches, *passengers.batches]
+    for each in outputs:
+        clock.lap("forward")
+        embedding = _embedding_group(model)
+        yield from round_group(embedding, plan, each.mix, ROUNDERS["rtn"], settings, each.store)
+        clock.lap("rounding")
+        stored = embedding.matrices[0].quantized
+        calibration.add_stream(decoder, model.embedding, stored, batches)
+        if passengers and model.tied:
+            passengers.heads.append(stored)
+        del embedding, stored
+    give_back()
+    clock.lap("forward")
+
+    for index, name in enumerate(model.block_names):
+        clock.lap(None)
+        module = model.load_block(index)
+        plan.forget()
+        plan.claim(calibration.block_matrices(module, name))
+        clock.lap("load")
+        heads = None
+        if recipe.couples_rows:
+            heads = read_attention(module, name, probe.x, probe.arguments[index])
+            if heads and recipe.attention_aware is None:  # nobody asked: no word on what it does not reach
+                heads = replace(heads, note="")
+            clock.lap("forward")
+        stops = calibration.walk(
+            module, index, name, batches, lambda weight: bool(plan.targets(weight)), clock, runtime
+        )
+        for stream, groups in stops:
+            each = outputs[stream]
+            for group in groups:
+                layers = list(round_group(group, plan, each.mix, rounder, settings, each.store, heads))
+                clock.lap("rounding")
+                yield from layers
+        del heads
+        model.release_block(index)
+        give_back()
+
+    if model.head is not None and not model.tied:
+        weight = _claim_head(model, plan)
+        for stream, each in enumerate(outputs):
+            if any(each.mix.format(target.tensor, weight.shape[1]) for target in plan.targets("head")):
+                stats = calibration.head_statistics(decoder, batches, stream, clock, runtime.activation(stream, "head"))
+                head = Group([Matrix("head", weight, weight.clone())], stats)
+                yield from round_group(head, plan, each.mix, rounder, settings, each.store)
+                clock.lap("rounding")
+                if passengers:
+                    passengers.heads.append(head.matrices[0].quantized)
+            elif passengers:
+                passengers.heads.append(weight)
+
+
+def held_out(sequences: int, one_in: int) -> torch.Tensor:
+    """Which of some sequences choose λ, ρ and β: bool [sequences], evenly true for one in so many, or for none."""
+    return torch.arange(1, sequences + 1) % one_in == 0 if one_in else torch.zeros(sequences, dtype=torch.bool)
+
+
+def rounded_cache(recipe: Recipe, model: LazyModel) -> KVCache:
+    """What the recipe's `kv_cache` makes of the model's keys and values. Raises UsageError where it does not fit."""
+    k, v = (recipe.kv_cache.get(which, "f16") for which in ("k", "v"))
+    return KVCache(k, v, head_sizes(model), r3="r3" in recipe.online_names)
+
+
+def _runtime(model: LazyModel, plan: Destinations, outputs: Sequence[Sink], recipe: Recipe) -> calibration.Runtime:
+    """Rounding of inputs, of keys and of values, as the recipe has them."""
+
+    def rounding(stream: int, weight: str) -> Activation | None:
+        """By the type of the weight; where its rows have several, by the first of them."""
+        for target in plan.targets(weight):
+            if fmt := outputs[stream].mix.format(target.tensor, plan.tensor(target).columns):
+                return activation(recipe.activations, fmt)
+        return None
+
+    runtime = calibration.PLAIN if recipe.activations == "none" else calibration.Runtime(rounding)
+    if not recipe.kv_cache:
+        return runtime
+    cache = rounded_cache(recipe, model)
+
+    def prepare(block: torch.nn.Module, name: str) -> None:
+        targets = [target for weight in calibration.block_matrices(block, name) for target in plan.targets(weight)]
+        round_cache(block, cache.keys(_key_order(targets, cache)), cache.values())
+
+    return replace(runtime, prepare=prepare)
+
+
+def _key_order(targets: Sequence[gguf.Target], cache: KVCache) -> torch.Tensor | None:
+    """Numbers of a key in the order in which the file has them, int64 [head size]: upstream's converter permutes those
+    of some architectures for its kernel of RoPE. None where no tensor of keys alone shows one, or heads differ in size.
+    """
+    keys = next((target for target in targets if target.tensor.endswith(".attn_k.weight")), None)
+    if keys is None or len(cache.sizes) > 1:
+        return None
+    (size,) = cache.sizes
+    rows = keys.rows[keys.file_rows.argsort()].unflatten(0, (-1, size))
+    ascending = rows.sort(1).values
+    whole = (ascending == ascending[:, :1] + torch.arange(size)).all(1)  # else rows repeat, and tell nothing
+    heads = rows[whole] - ascending[whole, :1]
+    return heads[0] if len(heads) else None
+
+
+def round_to_nearest(
+    model: LazyModel, plan: Destinations, outputs: Sequence[Sink], clock: Clock
+) -> Iterator[LayerReport]:
+    """Every tensor on its own, without calibration."""
+    rtn, settings = ROUNDERS["rtn"], Settings(0.0, 0.0, "natural")
+
+    def rounded(weights: Mapping[str, torch.Tensor]) -> Iterator[LayerReport]:
+        for name, weight in weights.items():
+            for each in outputs:
+                group = Group([Matrix(name, weight, torch.empty_like(weight))], LayerStats(0))
+                yield from round_group(group, plan, each.mix, rtn, settings, each.store)
+        clock.lap("rounding")
+
+    clock.lap(None)
+    _claim_embedding(model, plan)
+    yield from rounded({"embedding": model.embedding.weight.detach()})
+    for index, name in enumerate(model.block_names):
+        weights = calibration.block_matrices(model.load_block(index), name)
+        plan.forget()
+        plan.claim(weights)
+        clock.lap("load")
+        yield from rounded(weights)
+        model.release_block(index)
+        give_back()
+    if model.head is not None and not model.tied:
+        yield from rounded({"head": _claim_head(model, plan)})
+
+
+def _claim_embedding(model: LazyModel, plan: Destinations) -> None:
+    plan.claim({"embedding": model.embedding.weight.detach()})
+
+
+def _embedding_group(model: LazyModel) -> Group:
+    """The embedding, to be rounded to nearest: each of its rows is read alone, so there is nothing to correlate."""
+    weight = model.embedding.weight.detach()
+    return Group([Matrix("embedding", weight, weight.clone())], LayerStats(0))
+
+
+def _claim_head(model: LazyModel, plan: Destinations) -> torch.Tensor:
+    assert model.head is not None
+    weight = model.head.weight.detach()
+    plan.claim({"head": weight})
+    return weight

@@ -1,0 +1,59 @@
+"""Room on disk for a run: a scratch folder inside its output, and how much is needed there."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from qronos_export.checkpoint import Checkpoint
+from qronos_export.errors import OutputError
+from qronos_export.recipe import Recipe
+
+
+@contextmanager
+def workspace(output: Path, results: list[Path], force: bool) -> Iterator[Path]:
+    """A scratch folder inside `output`, gone afterwards. Raises OutputError where results exist already."""
+    occupied = [path for path in results if path.exists()]
+    if occupied and not force:
+        raise OutputError(f"{occupied[0]} exists already; choose another --output, or --force to replace it.")
+    made = [path for path in (output, *output.parents) if not path.exists()]
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix=".qronos-export-", dir=output))
+    except OSError as error:
+        raise OutputError(f"Cannot write to {output}: {error.strerror}.") from error
+    try:
+        yield folder
+    except OSError as error:
+        raise OutputError(f"Writing to {output} failed: {error}.") from error
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        for path in made:
+            if path.is_dir() and not any(path.iterdir()):
+                path.rmdir()
+
+
+def check_space(folder: Path, needed: int) -> None:
+    """Raises OutputError unless `needed` bytes are free: first the float file, then blocks and files of all formats."""
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise OutputError(
+            f"{folder.parent} has {free / 1e9:.3g} GB free; {needed / 1e9:.3g} GB are needed there on the way."
+        )
+
+
+def stored_bytes(checkpoint: Checkpoint) -> int:
+    return sum(file.stat().st_size for file in checkpoint.folder.glob("*.safetensors"))
+
+
+def float_bytes(checkpoint: Checkpoint) -> int:
+    """What the checkpoint takes in float32."""
+    return stored_bytes(checkpoint) * 4 // checkpoint.dtype.itemsize
+
+
+def folded_bytes(recipe: Recipe, checkpoint: Checkpoint) -> int:
+    """What `fold` writes at most at a time: one checkpoint in float32, and while one is made of it another."""
+    return min(len(recipe.transform_names), 2) * float_bytes(checkpoint)

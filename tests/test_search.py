@@ -1,0 +1,144 @@
+"""The compiled searches are torch's: exactly, where sums are exact. So are threads."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from formats import FORMATS, native
+from formats.affine_search import search_affine
+from formats.block import Codebook, Integers, Levels, reciprocal
+from formats.compiled import folder, how
+from formats.parallel import at_once, side_by_side
+from formats.scale_search import search_scale
+from formats.sums import code_sums, weighted_error
+from qronos_export.cache import cache_folder
+
+LEVELS = [Integers(-8, 7), Integers(0, 3), Integers(-127, 127), FORMATS["IQ4_NL"].levels, FORMATS["MXFP4"].levels]
+SHAPES = [(16, 1), (32, 15), (32, 16), (5, 67), (576, 33)]  # whole vectors of groups, none, and some left over
+
+
+@pytest.fixture
+def both(monkeypatch: pytest.MonkeyPatch) -> Callable:
+    """What a function returns compiled, and by torch."""
+
+    def call(function: Callable, *given: object) -> tuple[Tensor, Tensor]:
+        assert how().startswith("compiled for"), how()
+        compiled = function(*given)
+        with monkeypatch.context() as without:
+            without.setattr(native, "library", lambda: None)
+            plain = function(*given)
+        joined = [torch.stack(tuple(found)) if isinstance(found, tuple) else found for found in (compiled, plain)]
+        return joined[0], joined[1]
+
+    return call
+
+
+def whole(size: int, groups: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Weights and importance whose sums float32 holds without rounding: small integers, the last group zeros."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randint(-20, 21, (size, groups), generator=generator).float()
+    x[:, max(1, groups - 1) :] = 0.0
+    return x, torch.randint(0, 3, (size, groups), generator=generator).float()
+
+
+@pytest.mark.parametrize("levels", LEVELS, ids=lambda levels: type(levels).__name__)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("unit", [0.25, 1.0, 2.0])
+def test_sums_are_torchs(both: Callable, levels: Levels, shape: tuple[int, int], unit: float) -> None:
+    """Halves between levels and weights beyond the ends included."""
+    x, importance = whole(*shape)
+    offset = torch.arange(shape[1]).remainder(5) * 0.5 - 1
+    scale = torch.full_like(offset, unit)
+    scale[-1] = -unit
+    for shift in (None, offset):
+        compiled, plain = both(code_sums, x, importance, levels, reciprocal(scale), shift)
+        assert torch.equal(compiled, plain) and bool((plain != 0).any())
+        compiled, plain = both(weighted_error, x, importance, scale, levels, shift)
+        assert torch.equal(compiled, plain)
+
+
+@pytest.mark.parametrize("levels", LEVELS, ids=lambda levels: type(levels).__name__)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_the_search_for_a_scale_is_torchs(both: Callable, levels: Levels, shape: tuple[int, int]) -> None:
+    top = 127.0 if isinstance(levels, Codebook) else float(levels.high)
+    reach = (top, -top, top - 1, 1.25 * top)
+    compiled, plain = both(search_scale, *whole(*shape), levels, reach, (0.5, 0.25))
+    assert torch.equal(compiled, plain)
+    assert float(plain[0]) != 0.0 and (shape[1] == 1 or float(plain[-1]) == 0.0)
+
+
+@pytest.mark.parametrize("high", [1, 3, 15, 31])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("below_zero", [False, True])
+def test_the_search_for_scale_and_offset_is_torchs(
+    both: Callable, high: int, shape: tuple[int, int], below_zero: bool
+) -> None:
+    compiled, plain = both(search_affine, *whole(*shape), high, below_zero)
+    assert torch.equal(compiled, plain)
+
+
+@pytest.mark.parametrize("name", ["Q4_0", "Q8_0", "Q4_1", "Q3_K", "Q2_K", "Q5_K", "IQ4_XS", "NVFP4", "MXFP4"])
+def test_fits_leave_the_same_error_by_torch(both: Callable, name: str) -> None:
+    """Candidates that are as good as equal may change places, no more."""
+    fmt, generator = FORMATS[name], torch.Generator().manual_seed(0)
+    weights, importance = torch.randn(64, 512, generator=generator), torch.rand(512, generator=generator)
+    compiled, plain = both(lambda: fmt.dequantize(fmt.quantize(weights, importance)))
+    errors = [((found - weights).square() * importance).sum() for found in (compiled, plain)]
+    assert float(errors[0] / errors[1]) == pytest.approx(1, abs=1e-3)
+
+
+@pytest.mark.parametrize("name", ["Q4_0", "Q3_K", "Q4_K", "IQ4_NL", "MXFP8_E4M3"])
+def test_threads_change_nothing(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    fmt, columns = FORMATS[name], 256
+    weights = torch.randn(2 * at_once(torch.device("cpu")) // columns + 3, columns)
+    found = []
+    for threads in (1, 3):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        with torch.inference_mode():
+            blocks = fmt.quantize(weights)
+            found.append((blocks, fmt.dequantize(blocks), fmt.fit(weights).scale))
+    assert all(torch.equal(one, three) for one, three in zip(*found, strict=True))
+
+
+def test_parts_keep_their_order_and_torch_its_threads() -> None:
+    cpu, before = torch.device("cpu"), torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        assert side_by_side(lambda part: (part, torch.get_num_threads()), range(5), cpu) == [(n, 1) for n in range(5)]
+        assert torch.get_num_threads() == 2
+        with pytest.raises(ZeroDivisionError):
+            side_by_side(lambda part: 1 / part, [1, 0], cpu)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+    assert side_by_side(str, [], cpu) == []
+
+
+@pytest.mark.parametrize(
+    ("compiler", "reason"), [("/no/such/compiler", "No such file"), ("sh -c 'echo too old >&2; exit 1'", "too old")]
+)
+def test_without_a_compiler_torch_searches_and_says_so(compiler: str, reason: str, tmp_path: Path) -> None:
+    script = (
+        "import torch; from formats import FORMATS; from formats.compiled import how\n"
+        "fmt, w = FORMATS['Q4_0'], torch.arange(-8.0, 8.0).repeat(2)[None]\n"
+        "assert torch.equal(fmt.dequantize(fmt.quantize(w)), w); print(how())"
+    )
+    environment = {"CXX": compiler, "QRONOS_EXPORT_CACHE": str(tmp_path), "PYTHONPATH": str(Path(__file__).parents[1])}
+    run = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
+    assert run.stdout.startswith("torch: ") and reason in run.stdout and str(folder().name) in run.stdout
+
+
+@pytest.mark.parametrize("chosen", [{"QRONOS_EXPORT_CACHE": "/a"}, {"XDG_CACHE_HOME": "/b"}, {}], ids=str)
+def test_libraries_lie_in_the_packages_cache(chosen: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    for variable in ("QRONOS_EXPORT_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(variable, raising=False)
+    for variable, value in chosen.items():
+        monkeypatch.setenv(variable, value)
+    assert folder().parent == cache_folder()
