@@ -45,7 +45,8 @@ class LayerReport:
 
 @dataclass
 class Artifact:
-    """One file of the run. `validation` is None where it was not asked for."""
+    """One file of the run, or a folder with an ONNX model and the sha256 of its data. `validation` is None where it was
+    not asked for."""
 
     path: str
     format: str
