@@ -220,7 +220,7 @@ def test_a_reports_recipe_given_to_the_command_makes_the_same_bytes(
         ("activations: int4", "activations: int4 is for `evaluate` alone: llama.cpp rounds what a matrix reads"),
         ("online: r4", "online: r4 is for `evaluate` alone: llama.cpp rotates nothing"),
         ("kv_cache: {k: int4}", "kv_cache: {k: int4} is for `evaluate` alone: llama.cpp's cache has no such type"),
-        ("format: INT4_G32", "There is no type 'INT4_G32'"),
+        ("format: INT4_G32", "--format INT4_G32 is no type of GGUF; use --artifact onnx"),
         ("magr: 0.01", "method: rtn looks at no activations"),
     ],
 )

@@ -16,7 +16,7 @@ import pytest
 from qronos_export.errors import CalibrationError, CheckpointError, LlamaCppError, OutputError, QronosError, UsageError
 from qronos_export.llamacpp import PINNED, TOOLS, VARIABLE, LlamaCpp, find, logits_bytes
 from qronos_export.llamacpp_build import install
-from qronos_export.llamacpp_log import planned_types
+from qronos_export.llamacpp_log import divergence, planned_types
 from qronos_export.process import run
 
 
@@ -337,6 +337,28 @@ def test_a_reference_of_another_vocabulary(llamacpp: LlamaCpp, demo_gguf: Path, 
     logits.write_bytes(b"not log-probabilities")
     with pytest.raises(OutputError, match="is not a file of log-probabilities"):
         llamacpp.kl_divergence(demo_gguf, logits)
+
+
+def test_a_variance_below_zero_is_none() -> None:
+    """Files that hardly differ: llama.cpp takes it as a difference of sums and prints the root, ± -nan."""
+    text = """\
+computing over 8 chunks, n_ctx=64, batch_size=512, n_seq=8
+Mean PPL(Q) : 12.5 ± 0.25
+Mean PPL(base) : 12.5 ± 0.25
+Mean ln(PPL(Q)/PPL(base)) : 0.000024 ± -nan
+Mean KLD: 0.000001 ± 0.000001
+Maximum KLD: 0.1
+99.0% KLD: 0.01
+90.0% KLD: 0.001
+Median KLD: 0.0001
+RMS Δp : 0.01 ± 0.001 %
+Same top p: 99.5 ± 0.1 %
+"""
+    found = divergence(text, Path("a.gguf"))
+    assert (found.ln_ratio, found.ln_ratio_error) == (0.000024, 0)
+    for broken in ("nan ± nan", "nan ± -nan", "0.1 ± inf"):
+        with pytest.raises(LlamaCppError, match="not finite"):
+            divergence(text.replace("0.000024 ± -nan", broken), Path("a.gguf"))
 
 
 def test_weights_that_are_not_numbers(llamacpp: LlamaCpp, demo_gguf: Path, english: Path, tmp_path: Path) -> None:

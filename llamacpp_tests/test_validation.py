@@ -16,8 +16,8 @@ from qronos_export.checkpoint import LazyModel, open_checkpoint
 from qronos_export.errors import CalibrationError, LlamaCppError, OutputError, UsageError
 from qronos_export.evaluation import Evaluated, evaluate
 from qronos_export.llamacpp import LlamaCpp
-from qronos_export.pipeline import Held
 from qronos_export.plan import Plan
+from qronos_export.proof import Held
 from qronos_export.recipe import Recipe
 from qronos_export.report import Artifact
 from qronos_export.streams import rounded_cache

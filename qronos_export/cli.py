@@ -176,7 +176,8 @@ def quantize(
     wanted = load_recipe(recipe, **given) if recipe else recipe_from(given, "The command line")
 
     from qronos_export.llamacpp import find
-    from qronos_export.pipeline import Finished, Held, Stage, Step, run
+    from qronos_export.pipeline import Finished, Stage, Step, run
+    from qronos_export.proof import Held
 
     held = Held(text, context, chunks, _cache(cache_type_k, cache_type_v))
     with _progress() as progress:
@@ -271,7 +272,7 @@ def validate(
     """Perplexity and KL divergence of FILE against its float model: a GGUF in llama.cpp, ONNX in onnxruntime. Exits 1
     when a limit is missed."""
     from qronos_export.llamacpp import find
-    from qronos_export.pipeline import Held, prove, prove_onnx
+    from qronos_export.proof import Held, prove, prove_onnx
     from qronos_export.validation import Gate
 
     gate = Gate(max_kld, max_ppl_increase)
@@ -328,7 +329,8 @@ def evaluate(
 
     from qronos_export.evaluation import Evaluated
     from qronos_export.evaluation import evaluate as run_evaluation
-    from qronos_export.pipeline import Held, Stage, Step
+    from qronos_export.pipeline import Stage, Step
+    from qronos_export.proof import Held
 
     with _progress() as progress:
         task = progress.add_task("start", total=None, detail="")

@@ -144,7 +144,10 @@ def divergence(text: str, model: Path) -> Divergence:
         return value
 
     def pair(label: str) -> tuple[float, float]:
-        value, error = _values(table, rf"^ ?{re.escape(label)} ?: {_NUMBER} ± {_NUMBER}", model)
+        # Of files that hardly differ, a variance by subtraction may round to less than zero: ± -nan.
+        value, error = _values(
+            table.replace(" ± -nan", " ± 0"), rf"^ ?{re.escape(label)} ?: {_NUMBER} ± {_NUMBER}", model
+        )
         return value, error
 
     perplexity, perplexity_error = pair("Mean PPL(Q)")

@@ -6,10 +6,9 @@
 from __future__ import annotations
 
 import shutil
-import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 
@@ -21,6 +20,7 @@ from qronos_export.artifact import gguf
 from qronos_export.attention import check_attention
 from qronos_export.calibration import Clock
 from qronos_export.checkpoint import Checkpoint, LazyModel, open_checkpoint
+from qronos_export.device import pick_device
 from qronos_export.errors import TransformError, UsageError
 from qronos_export.llamacpp import LlamaCpp
 from qronos_export.memory import peak_memory
@@ -37,14 +37,13 @@ from qronos_export.plan import (
     mix,
     type_patterns,
 )
+from qronos_export.proof import Held, float_file, held_out_file, reference
 from qronos_export.recipe import Recipe
 from qronos_export.report import Artifact, LayerReport, RunReport
 from qronos_export.streams import calibrate, round_to_nearest, rounded_cache
 from qronos_export.transformed import PROBE, need_inputs, transformed
-from qronos_export.validation import CACHE_TYPES, Cache, Reference, Validation
+from qronos_export.validation import CACHE_TYPES, Cache
 from qronos_export.workspace import check_space, float_bytes, folded_bytes, stored_bytes, workspace
-
-OUTTYPES = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
 
 
 @dataclass(frozen=True)
@@ -70,24 +69,6 @@ class Finished:
 
 
 Event = Stage | Step | Finished
-
-
-@dataclass(frozen=True)
-class Held:
-    """Held-out text to validate on: `chunks` chunks of `context` tokens of `text` (None: a text that Python ships), and
-    the types of the file's keys and values meanwhile, `k` and `v`, where they are not a recipe's."""
-
-    text: Path | None = None
-    context: int = 512
-    chunks: int | None = 40
-    cache: Mapping[str, str] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        Cache(**self.cache)  # refuses types there are not
-        if self.context < 4 or (self.chunks is not None and self.chunks < 1):
-            raise UsageError(
-                f"Cannot validate on {self.chunks} --chunks of --context {self.context}: one chunk of 4 is the least."
-            )
 
 
 def run(
@@ -258,21 +239,14 @@ def run(
 
         if held and text and "gguf" in recipe.artifacts:
             yield Stage("validate: float model")
-            with Reference(
-                reference_file,
-                text,
-                llamacpp=llamacpp,
-                workspace=folder,
-                context=held.context,
-                chunks=held.chunks,
-                cache=Cache(**{**recipe.kv_cache, **held.cache}),
-                on_chunk=on_progress,
-            ) as reference:
+            with reference(
+                reference_file, text, held, llamacpp, folder, Cache(**{**recipe.kv_cache, **held.cache}), on_progress
+            ) as against:
                 for artifact in result.artifacts:
                     if not artifact.path.endswith(".gguf"):
                         continue
                     yield Stage(f"validate: {artifact.format}")
-                    artifact.validation = reference.compare(output / artifact.path, on_chunk=on_progress).to_json()
+                    artifact.validation = against.compare(output / artifact.path, on_chunk=on_progress).to_json()
                     clock.lap("validate")
                     result.seconds = {**clock.seconds, "total": time.perf_counter() - begun}
                     result.write(report_path)
@@ -443,75 +417,3 @@ def wishes(source: gguf.GGUFFile, recipe: Recipe) -> Callable[[str], bool]:
     if recipe.output_type:
         named.add(head if head in source.tensors else embedding)
     return lambda tensor: tensor in named or any(fnmatchcase(tensor, glob) for glob in recipe.overrides)
-
-
-def prove_onnx(
-    file: Path, reference: str, held: Held, *, on_progress: Callable[[int, int], None] | None = None
-) -> Validation:
-    """Measure the ONNX model `file`, a .onnx or a folder with one, against its float model `reference` in torch."""
-    if held.cache:
-        raise UsageError("--cache-type-k and -v are llama.cpp's; an ONNX model keeps keys and values in floats.")
-    session = open_session(file)
-    with tempfile.TemporaryDirectory(prefix="qronos-export-") as scratch:
-        measured = TorchReference(
-            open_checkpoint(reference), held_out_file(held, Path(scratch)), device=pick_device("auto"),
-            context=held.context, chunks=held.chunks,
-        )  # fmt: skip
-        return measured.compare(session, on_chunk=on_progress)
-
-
-def prove(file: Path, reference: str, held: Held, *, llamacpp: LlamaCpp) -> Validation:
-    """Measure `file` against its float model `reference`: a .gguf as it is, any other MODEL converted first."""
-    if not file.is_file():
-        raise UsageError(f"{file} does not exist; give the quantized .gguf.")
-    with tempfile.TemporaryDirectory(prefix="qronos-export-") as scratch:
-        folder = Path(scratch)
-        text = held_out_file(held, folder)
-        model = Path(reference)
-        if model.suffix != ".gguf":
-            model = float_file(open_checkpoint(reference), llamacpp, folder)
-        with Reference(
-            model,
-            text,
-            llamacpp=llamacpp,
-            workspace=folder,
-            context=held.context,
-            chunks=held.chunks,
-            cache=Cache(**held.cache),
-        ) as measured:
-            return measured.compare(file)
-
-
-def pick_device(name: str) -> torch.device:
-    """`auto` is the first GPU, or the CPU. Raises UsageError for a device torch does not have."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UsageError(
-            f"--device {name} is not available here ({str(error).splitlines()[0]}); try auto or cpu."
-        ) from error
-    return device
-
-
-def float_file(checkpoint: Checkpoint, llamacpp: LlamaCpp, folder: Path) -> Path:
-    """The checkpoint as upstream's converter writes it, in the dtype it is stored in; or the GGUF the user gave."""
-    if checkpoint.float_gguf is not None:
-        return checkpoint.float_gguf
-    folder.mkdir(exist_ok=True)
-    destination = folder / f"{checkpoint.name}-float.gguf"
-    llamacpp.convert(checkpoint.folder, destination, OUTTYPES.get(checkpoint.dtype, "f32"))
-    return destination
-
-
-def held_out_file(held: Held, folder: Path) -> Path:
-    """The text to validate on, as a file. Raises UsageError where the user's does not exist."""
-    if held.text is not None:
-        if not held.text.is_file():
-            raise UsageError(f"--text {held.text} does not exist; give a text file in UTF-8, or leave it out.")
-        return held.text
-    path = folder / "held-out.txt"
-    path.write_text(corpus.held_out_text(), encoding="utf-8")
-    return path

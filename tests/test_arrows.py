@@ -28,25 +28,29 @@ OUTSIDE = {  # third-party packages, and the only places that may import them
     "torch": ("formats/", "qronos_export/"),
     "numpy": ("formats/", "qronos_export/artifact/"),
 }
-LEAVES = {"errors", "cache", "memory", "statistics", "process"}  # anyone may import these; they import one another only
+LEAVES = {"errors", "cache", "device", "memory", "statistics", "process"}  # for anyone; they import one another only
 INSIDE = {  # a module of qronos_export, and what else of qronos_export it may import
-    "cli": {"conversion", "evaluation", "pipeline", "recipe", "report", "llamacpp", "llamacpp_build", "validation", ""},
+    "cli": {
+        "conversion", "evaluation", "pipeline", "recipe", "report", "llamacpp", "llamacpp_build", "proof", "validation",
+        "",
+    },
     "__main__": {"cli"},
     "pipeline": {
         "activations", "artifact", "attention", "checkpoint", "calibration", "corpus", "llamacpp", "onnx_export",
-        "onnx_validation", "plan", "recipe", "report", "streams", "transformed", "validation", "workspace",
+        "onnx_validation", "plan", "proof", "recipe", "report", "streams", "transformed", "validation", "workspace",
     },
     "conversion": {"artifact", "checkpoint", "onnx_export", "pipeline", "recipe", "report", "workspace"},
     "onnx_export": {"artifact", "checkpoint", "recipe", "report"},
     "onnx_validation": {"artifact", "calibration", "checkpoint", "corpus", "validation"},
     "evaluation": {
         "activations", "artifact", "attention", "calibration", "checkpoint", "corpus", "layers", "online", "pipeline",
-        "plan", "recipe", "streams", "suspended", "tasks", "transformed", "workspace",
+        "plan", "proof", "recipe", "streams", "suspended", "tasks", "transformed", "workspace",
     },
     "streams": {
         "activations", "artifact", "attention", "calibration", "checkpoint", "kv_cache", "layers", "plan", "recipe",
         "report", "rounding",
     },
+    "proof": {"checkpoint", "corpus", "llamacpp", "onnx_validation", "validation"},
     "workspace": {"checkpoint", "recipe"},
     "layers": {"artifact", "attention", "calibration", "plan", "report", "rounding"},
     "plan": {"artifact", "recipe"},

@@ -20,8 +20,8 @@ from qronos_export.corpus import held_out_text
 from qronos_export.errors import UsageError
 from qronos_export.evaluation import Evaluated, evaluate
 from qronos_export.layers import round_group
-from qronos_export.pipeline import Held
 from qronos_export.plan import Mix
+from qronos_export.proof import Held
 from qronos_export.recipe import ORDERS, Recipe
 from qronos_export.rounding import ROUNDERS, Coupled, Settings
 from qronos_export.rounding.coupled import diffuse_rows

@@ -29,7 +29,7 @@ from qronos_export.corpus import held_out_text, held_out_tokens
 from qronos_export.errors import TaskError, UsageError
 from qronos_export.evaluation import Evaluated, evaluate
 from qronos_export.online import online_model
-from qronos_export.pipeline import Held
+from qronos_export.proof import Held
 from qronos_export.recipe import Recipe
 from qronos_export.tasks import Scores, Suite
 from tests.families import make
@@ -154,10 +154,12 @@ def test_scores_are_those_of_both_models(folder: Path, text: Path, tmp_path: Pat
 
 
 class Perplexity:
-    """In the place of lm-eval's tasks: the perplexity of the model it is given, as transformers runs it."""
+    """In the place of lm-eval's tasks: the perplexity of the model it is given, as transformers runs it, and the KL
+    divergence of the first model it was given from this one."""
 
     def __init__(self, tokens: Tensor) -> None:
         self.tokens = tokens
+        self.first: Tensor | None = None
 
     def __call__(self, names: list[str], folder: Path | None) -> Perplexity:
         return self
@@ -166,8 +168,11 @@ class Perplexity:
         with torch.no_grad():
             logits = torch.cat([model(ids).logits.float() for ids in self.tokens.split(micro_batch)])
         half = self.tokens.shape[1] // 2
-        losses = F.cross_entropy(logits[:, half:-1].flatten(0, 1), self.tokens[:, half + 1 :].flatten())
-        return {"text": {"perplexity": math.exp(losses)}}
+        said = logits[:, half:-1].flatten(0, 1).log_softmax(-1)
+        self.first = said if self.first is None else self.first
+        divergence = F.kl_div(said, self.first, log_target=True, reduction="batchmean")
+        losses = F.nll_loss(said, self.tokens[:, half + 1 :].flatten())
+        return {"text": {"perplexity": math.exp(losses), "kl_divergence": float(divergence)}}
 
 
 @pytest.mark.parametrize(
@@ -195,7 +200,8 @@ def test_tasks_see_the_model_that_is_measured(
     assert done.scores_reference and done.scores and found.perplexity
     assert done.scores_reference["text"]["perplexity"] == pytest.approx(found.perplexity_reference, rel=1e-4)
     assert done.scores["text"]["perplexity"] == pytest.approx(found.perplexity, rel=1e-4)
-    assert abs(found.perplexity / found.perplexity_reference - 1) > 1e-3
+    assert found.kl_divergence and found.kl_divergence > 0.01
+    assert done.scores["text"]["kl_divergence"] == pytest.approx(found.kl_divergence, rel=0.01)
 
 
 def test_activations_and_rotations_are_computed_in_one_piece_too(tmp_path: Path) -> None:
