@@ -10,7 +10,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import onnx
@@ -25,13 +25,16 @@ from transformers import PreTrainedModel
 from typer.testing import CliRunner
 
 from qronos_export import pipeline
+from qronos_export.artifact.gguf import GGUFFile
+from qronos_export.artifact.onnx_rows import find_vectors
 from qronos_export.artifact.onnx_session import Session, find_model
-from qronos_export.checkpoint import load_whole, open_checkpoint, unpack
+from qronos_export.checkpoint import load_whole, open_checkpoint, tokenizer, unpack
 from qronos_export.cli import app
 from qronos_export.conversion import convert
 from qronos_export.corpus import held_out_text, held_out_tokens
 from qronos_export.errors import ArtifactError, CheckpointError, GateError, UsageError
 from qronos_export.llamacpp import LlamaCpp
+from qronos_export.onnx_export import float_graph
 from qronos_export.onnx_validation import TorchReference, open_session
 from qronos_export.recipe import Recipe
 from tests.families import make
@@ -168,21 +171,61 @@ def test_the_standards_own_evaluator_runs_microscaling_decoders(runs: Runs, tmp_
     close(torch.from_numpy(evaluator.run(["logits"], feed)[0]), logits(done.model, TOKENS))
 
 
-def test_onnxruntime_genai_says_what_torch_says(runs: Runs) -> None:
-    """32 tokens, greedily."""
-    done = runs("llama")
-    prompt = TOKENS[:1, :8]
-    tokens = prompt.clone()
+def greedy(model: PreTrainedModel, tokens: Tensor) -> list[int]:
+    """With 32 tokens more, each the likeliest."""
     for _ in range(32):
-        tokens = torch.cat([tokens, logits(done.model, tokens)[:, -1:].argmax(-1)], dim=1)
-    model = onnxruntime_genai.Model(str(done.layout("onnx")))
+        tokens = torch.cat([tokens, logits(model, tokens)[:, -1:].argmax(-1)], dim=1)
+    return cast(list[int], tokens[0].tolist())
+
+
+def generated(folder: Path, tokens: Tensor) -> list[int]:
+    """The same by onnxruntime-genai."""
+    model = onnxruntime_genai.Model(str(folder))
     parameters = onnxruntime_genai.GeneratorParams(model)
-    parameters.set_search_options(do_sample=False, max_length=40, min_length=40)
+    length = tokens.shape[1] + 32
+    parameters.set_search_options(do_sample=False, max_length=length, min_length=length)
     generator = onnxruntime_genai.Generator(model, parameters)
-    generator.append_tokens(prompt.numpy().astype(np.int32))
+    generator.append_tokens(tokens.numpy().astype(np.int32))
     for _ in range(32):
         generator.generate_next_token()
-    assert generator.get_sequence(0).tolist() == tokens[0].tolist()
+    return cast(list[int], generator.get_sequence(0).tolist())
+
+
+def test_onnxruntime_genai_says_what_torch_says(runs: Runs) -> None:
+    done = runs("llama")
+    assert generated(done.layout("onnx"), TOKENS[:1, :8]) == greedy(done.model, TOKENS[:1, :8])
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"model_type": "mistral"},  # the builder forgets the windows
+        {"model_type": "gemma2", "query_pre_attn_scalar": 32, "tie_word_embeddings": True},  # of every second layer
+        {"model_type": "qwen3", "use_sliding_window": True, "max_window_layers": 1},
+    ],
+    ids=lambda config: config["model_type"],
+)
+def test_windows_are_those_of_the_model(config: dict[str, Any], tmp_path: Path) -> None:
+    """Eight tokens wide; prefill and single steps."""
+    checkpoint = open_checkpoint(str(make("llama", tmp_path / "tiny", sliding_window=8, **config)))
+    model = load_whole(checkpoint)
+    graph = float_graph(checkpoint, tmp_path / "graph")
+    close(Session(graph).logits(TOKENS), logits(model, TOKENS))
+    assert float((logits(model, TOKENS)[:, -1] - logits(model, TOKENS[:, -16:])[:, -1]).abs().max()) > 0
+    config = model.config
+    steps = stepwise(graph, TOKENS, torch.ones_like(TOKENS), config.num_key_value_heads, config.head_dim)
+    close(steps, logits(model, TOKENS))
+    assert generated(graph.parent, TOKENS[:1, :12]) == greedy(model, TOKENS[:1, :12])
+
+
+@pytest.mark.parametrize("kind", ["yarn", "linear"])
+def test_a_model_that_the_builder_gets_wrong_is_refused(kind: str, llamacpp: LlamaCpp, tmp_path: Path) -> None:
+    positions = {"rope_type": kind, "factor": 4.0, "rope_theta": 1e4, "original_max_position_embeddings": 64}
+    checkpoint = make("llama", tmp_path / "tiny", rope_parameters=positions)
+    recipe = Recipe(str(checkpoint), "Q4_0", artifact="gguf,onnx", method="rtn")
+    with pytest.raises(ArtifactError, match=r"makes another model of tiny: its logits are off by .*rope_scaling"):
+        list(pipeline.run(recipe, tmp_path / "out", llamacpp=llamacpp, held=None))
+    assert not (tmp_path / "out").exists()
 
 
 def products(path: Path) -> list[dict[str, int]]:
@@ -306,8 +349,41 @@ def test_conversions_that_cannot_be(runs: Runs, tmp_path: Path) -> None:
         list(convert(gguf, tmp_path, ["tflite"]))
     with pytest.raises(UsageError, match=r"absent\.gguf does not exist"):
         list(convert(tmp_path / "absent.gguf", tmp_path, ["onnx"]))
-    with pytest.raises(
-        CheckpointError, match="same configuration and tokenizer by --like"
-    ):  # reads a padding token that the vocabulary lacks
+    with pytest.raises(UsageError, match=r"phi3\.rope\.scaling\.original_context_length, which .* by --like"):
         list(convert(gguf, tmp_path, ["onnx"]))
-    assert list(tmp_path.iterdir()) == []
+    odd = tmp_path / "odd.gguf"
+    odd.write_bytes(runs("llama").gguf.read_bytes().replace(b"\5\0\0\0\0\0\0\0llama", b"\5\0\0\0\0\0\0\0other", 1))
+    with pytest.raises(CheckpointError, match="Or name a MODEL of the same configuration and tokenizer by --like"):
+        list(convert(odd, tmp_path / "out", ["onnx"]))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_bias_that_the_graph_lacks_is_named(runs: Runs) -> None:
+    file = GGUFFile(runs("qwen2").gguf)
+    names = [name for name, tensor in file.tensors.items() if len(tensor.shape) == 1]
+    vectors = {name: torch.cat(list(file.floats(name))).flatten() for name in names}
+    find_vectors(file, [torch.cat(list(vectors.values()))])
+    without = [values for name, values in vectors.items() if name != "blk.1.attn_k.bias"]
+    with pytest.raises(ArtifactError, match=r"blk\.1\.attn_k\.bias of .* is nowhere in the ONNX graph.*--like"):
+        find_vectors(file, without)
+
+
+def test_smollm2_in_all_runtimes(llamacpp: LlamaCpp, english: Path, tmp_path: Path) -> None:
+    """In floats as in torch, on a text and greedily; with inputs of eight bits, llama.cpp's perplexity."""
+    recipe = Recipe("demo", "Q4_0", artifact="gguf,onnx", accuracy_level=0, method="rtn")
+    *_, finished = pipeline.run(recipe, tmp_path, llamacpp=llamacpp, held=None)
+    assert isinstance(finished, pipeline.Finished)
+    gguf, folder = (tmp_path / artifact.path for artifact in finished.report.artifacts)
+    unpack(gguf, tmp_path / "values", open_checkpoint("demo").folder)
+    checkpoint = open_checkpoint(str(tmp_path / "values"))
+    prompt = torch.tensor([tokenizer(checkpoint)("The capital of France is")["input_ids"]])
+    assert generated(folder, prompt) == greedy(load_whole(checkpoint), prompt)
+    reference = TorchReference(checkpoint, english, device=torch.device("cpu"), context=256, chunks=4)
+    assert abs(reference.compare(open_session(folder)).kl_divergence) < 1e-6
+    model = onnx.load(folder / "model.onnx", load_external_data=False)
+    levels = [each for node in model.graph.node for each in node.attribute if each.name == "accuracy_level"]
+    for level in levels:
+        level.i = 4
+    onnx.save(model, folder / "model.onnx")
+    expected = llamacpp.perplexity(gguf, english, context=256, chunks=4).value
+    assert reference.compare(open_session(folder)).perplexity == pytest.approx(expected, rel=0.005)

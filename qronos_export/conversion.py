@@ -42,6 +42,8 @@ def convert(
         raise UsageError(f"{file} does not exist; give the quantized .gguf.")
     source = GGUFFile(file)
     _check(source)
+    if not like:
+        _check_configuration(source)
     folders = [onnx_folder(output / file.name, layout) for layout in layouts]
     with workspace(output, folders, force) as folder:
         yield Stage("read")
@@ -59,15 +61,19 @@ def convert(
         yield Stage("onnx graph")
         graph = float_graph(open_checkpoint(str(folder / file.stem)), folder / "graph")
         yield Stage("write", len(layouts))
+        results = []
         for place in folders:
             layout = place.name.removeprefix(f"{file.stem}-")
-            written = write_onnx(
-                graph, source, None, folder / place.name, format=file.stem, layout=layout, level=accuracy_level
+            results.append(
+                write_onnx(
+                    graph, source, None, folder / place.name, format=file.stem, layout=layout, level=accuracy_level
+                )
             )
+        for place in folders:
             if place.is_dir():
                 shutil.rmtree(place)
             (folder / place.name).replace(place)
-            yield written
+        yield from results
 
 
 def _check(source: GGUFFile) -> None:
@@ -80,3 +86,24 @@ def _check(source: GGUFFile) -> None:
                 f"{source.path} keeps {name} beside its blocks, which transformers does not read; "
                 "have `quantize --artifact onnx` write both."
             )
+
+
+_READ = (
+    "context_length", "block_count", "feed_forward_length", "embedding_length", "vocab_size", "rope.freq_base",
+    "rope.dimension_count", "attention.head_count", "attention.head_count_kv", "attention.key_length",
+    "attention.value_length", "attention.layer_norm_rms_epsilon",
+)  # fmt: skip
+"""Settings that transformers reads out of a GGUF file of every architecture, or that follow from its shapes."""
+
+
+def _check_configuration(source: GGUFFile) -> None:
+    """Raises UsageError where the file says of its model what transformers does not read out of it: experts, windows,
+    scaled positions."""
+    own = f"{source.architecture}."
+    odd = [name for name in source.reader.fields if name.startswith(own) and name.removeprefix(own) not in _READ]
+    odd += [name for name in source.tensors if name.startswith("rope_")]
+    if odd:
+        raise UsageError(
+            f"{source.path} has {odd[0]}, which transformers may not read out of a file; name a MODEL of the same "
+            "configuration and tokenizer by --like."
+        )

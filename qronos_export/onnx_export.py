@@ -15,9 +15,10 @@ from formats import find_format
 from qronos_export import report
 from qronos_export.artifact.gguf import BlockStore, GGUFFile
 from qronos_export.artifact.onnx_blocks import MX_TYPES, container
-from qronos_export.artifact.onnx_builder import build_float, check_packages
-from qronos_export.checkpoint import Checkpoint
+from qronos_export.artifact.onnx_builder import build_float, check_packages, set_windows
+from qronos_export.checkpoint import Checkpoint, attention_windows
 from qronos_export.errors import UsageError
+from qronos_export.onnx_validation import check_graph
 from qronos_export.recipe import Recipe
 from qronos_export.report import Artifact
 
@@ -48,8 +49,13 @@ def check_foreign(name: str, recipe: Recipe) -> None:
 
 
 def float_graph(checkpoint: Checkpoint, folder: Path) -> Path:
-    """The builder's model.onnx of `checkpoint`, in `folder`. Raises UsageError for models it does not know."""
+    """The builder's model.onnx of `checkpoint`, in `folder`, which says in onnxruntime what the model says in torch.
+
+    Raises UsageError for models the builder does not know, ArtifactError for those it gets wrong.
+    """
     graph = build_float(checkpoint.folder, _architecture(checkpoint), folder)
+    set_windows(graph, attention_windows(checkpoint))
+    check_graph(graph, checkpoint)
     for name in ("config.json", "generation_config.json"):
         if (checkpoint.folder / name).is_file():
             shutil.copy(checkpoint.folder / name, folder)

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qronos_export import calibration
-from qronos_export.calibration import Decoder
+from qronos_export.calibration import Decoder, MicroBatch
 from qronos_export.checkpoint import Checkpoint, LazyModel
 from qronos_export.corpus import Progress, held_out_tokens
 from qronos_export.errors import ArtifactError
@@ -26,6 +26,9 @@ from qronos_export.validation import Validation
 
 if TYPE_CHECKING:
     from qronos_export.artifact.onnx_session import Session
+
+_PROBED = 64  # tokens on which a graph is compared with torch
+_SAME = 1e-3  # largest difference of logits that is arithmetic, as a share of the largest logit; 1e-6 is usual
 
 
 def open_session(file: Path) -> Session:
@@ -55,15 +58,7 @@ class TorchReference:
         tokens = held_out_tokens(text, checkpoint, context, chunks).to(device)
         self._text_sha256 = hashlib.sha256(text.read_bytes()).hexdigest()
         self._model = LazyModel(checkpoint, device)
-        self._decoder = Decoder(self._model.model.get_decoder(), self._model.blocks)
-        self._batches = calibration.enter(self._decoder, tokens, micro_batch)
-        count = len(self._model.blocks)
-        for index in range(count):
-            calibration.advance(self._model.load_block(index), index, self._batches)
-            self._model.release_block(index)
-            give_back()
-            if on_chunk:
-                on_chunk(index + 1, count)
+        self._decoder, self._batches = _through(self._model, tokens, micro_batch, on_chunk)
         self._context, self._chunks = context, len(tokens)
 
     @torch.no_grad()
@@ -106,6 +101,38 @@ class TorchReference:
             cache_k="f32",
             cache_v="f32",
         )
+
+
+@torch.no_grad()
+def check_graph(graph: Path, checkpoint: Checkpoint) -> None:
+    """Raises ArtifactError unless onnxruntime makes the same logits with the float model `graph` as torch."""
+    tokens = torch.arange(5, 5 + _PROBED)[None]
+    model = LazyModel(checkpoint, torch.device("cpu"))
+    decoder, (batch,) = _through(model, tokens, 1)
+    expected = model.logits(tokens, decoder.leave(tokens, batch.x))
+    off = float((open_session(graph).logits(tokens) - expected).abs().max() / expected.abs().max())
+    if not off < _SAME:
+        raise ArtifactError(
+            f"onnxruntime-genai's model builder makes another model of {checkpoint.name}: its logits are off by "
+            f"{off:.1e} of the largest. It does not know some setting in config.json, perhaps of the positions "
+            "(rope_scaling). Use --artifact gguf, or a newer onnxruntime-genai."
+        )
+
+
+def _through(
+    model: LazyModel, tokens: Tensor, micro_batch: int, on_block: Progress | None = None
+) -> tuple[Decoder, list[MicroBatch]]:
+    """The decoder, and `tokens` after its last block."""
+    decoder = Decoder(model.model.get_decoder(), model.blocks)
+    batches = calibration.enter(decoder, tokens, micro_batch)
+    count = len(model.blocks)
+    for index in range(count):
+        calibration.advance(model.load_block(index), index, batches)
+        model.release_block(index)
+        give_back()
+        if on_block:
+            on_block(index + 1, count)
+    return decoder, batches
 
 
 def _scores(p: Tensor, q: Tensor, target: Tensor) -> Tensor:

@@ -40,7 +40,7 @@ INSIDE = {  # a module of qronos_export, and what else of qronos_export it may i
         "onnx_validation", "plan", "proof", "recipe", "report", "streams", "transformed", "validation", "workspace",
     },
     "conversion": {"artifact", "checkpoint", "onnx_export", "pipeline", "recipe", "report", "workspace"},
-    "onnx_export": {"artifact", "checkpoint", "recipe", "report"},
+    "onnx_export": {"artifact", "checkpoint", "onnx_validation", "recipe", "report"},
     "onnx_validation": {"artifact", "calibration", "checkpoint", "corpus", "validation"},
     "evaluation": {
         "activations", "artifact", "attention", "calibration", "checkpoint", "corpus", "layers", "online", "pipeline",

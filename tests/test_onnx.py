@@ -251,6 +251,26 @@ def test_missing_and_short_data_are_named(floats: Opened, tmp_path: Path) -> Non
             entry.value = "../elsewhere"
     with pytest.raises(ArtifactError, match=r"read from \.\./elsewhere, outside of"):
         read(floats.tensors["table"], tmp_path)
+    for key, odd in (("length", "-5"), ("offset", "here")):
+        tensor = TensorProto()
+        tensor.CopyFrom(floats.tensors["weight"])
+        for entry in tensor.external_data:
+            entry.value = odd if entry.key == key else entry.value
+        (tmp_path / "float.onnx.data").touch()
+        with pytest.raises(ArtifactError, match=r"weight of the model in .* lies at .*, which is no place"):
+            read(tensor, tmp_path)
+    del floats.tensors["table"].external_data[:]
+    with pytest.raises(ArtifactError, match="does not say which file holds it"):
+        read(floats.tensors["table"], tmp_path)
+
+
+def test_data_may_be_linked_as_in_the_hubs_cache(floats: Opened, tmp_path: Path) -> None:
+    before = read(floats.tensors["table"], tmp_path).copy()
+    (tmp_path / "blobs").mkdir()
+    data = (tmp_path / "float.onnx.data").rename(tmp_path / "blobs" / "0123")
+    (tmp_path / "snapshot").mkdir()
+    (tmp_path / "snapshot" / "float.onnx.data").symlink_to(data)
+    assert np.array_equal(read(floats.tensors["table"], tmp_path / "snapshot"), before)
 
 
 def test_what_onnxruntime_cannot_run_is_refused_with_its_opset(floats: Opened, tmp_path: Path) -> None:

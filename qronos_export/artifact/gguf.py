@@ -117,6 +117,12 @@ class GGUFFile:
         self.tensors = self.reader.stored
 
     @property
+    def architecture(self) -> str:
+        """llama.cpp's name of it; empty where the file says none."""
+        field = self.reader.fields.get(gguf.Keys.General.ARCHITECTURE)
+        return "" if field is None else str(field.contents())
+
+    @property
     def bits_per_weight(self) -> float:
         """Stored bits of all tensors divided by their weights."""
         tensors = self.tensors.values()
@@ -124,10 +130,8 @@ class GGUFFile:
 
     def may_have_scale(self, tensor: StoredTensor) -> bool:
         """Whether llama.cpp multiplies what `tensor` computes with a `.scale` beside it."""
-        architecture = self.reader.fields.get(gguf.Keys.General.ARCHITECTURE)
         return (
-            architecture is not None
-            and architecture.contents() in SCALED_ARCHITECTURES
+            self.architecture in SCALED_ARCHITECTURES
             and tensor.name.startswith("blk.")
             and f"{tensor.name.removesuffix('.weight')}.bias" not in self.tensors  # refused by llama.cpp's graph
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
@@ -88,8 +89,10 @@ def check(tensor: TensorProto, folder: Path) -> None:
     if tensor.data_location != TensorProto.EXTERNAL:
         return
     place = {entry.key: entry.value for entry in tensor.external_data}
+    if not place.get("location"):
+        raise ArtifactError(f"{tensor.name} of the model in {folder} does not say which file holds it.")
     path = folder / place["location"]
-    if not path.resolve().is_relative_to(folder.resolve()):
+    if not Path(os.path.normpath(path)).is_relative_to(os.path.normpath(folder)):  # the Hub's cache has links to files
         raise ArtifactError(
             f"{tensor.name} is to be read from {place['location']}, outside of {folder}; that is refused."
         )
@@ -97,5 +100,8 @@ def check(tensor: TensorProto, folder: Path) -> None:
         raise ArtifactError(
             f"{path} is missing: it holds the weights of the model beside it. Copy both files together."
         )
-    if path.stat().st_size < int(place.get("offset", 0)) + int(place.get("length", 0)):
+    numbers = [place.get(key, "0") for key in ("offset", "length")]
+    if not all(number.isdecimal() for number in numbers):
+        raise ArtifactError(f"{tensor.name} of the model in {folder} lies at {' + '.join(numbers)}, which is no place.")
+    if path.stat().st_size < sum(map(int, numbers)):
         raise ArtifactError(f"{path} ends inside {tensor.name}: the file is truncated. Copy it again.")

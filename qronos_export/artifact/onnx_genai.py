@@ -38,12 +38,15 @@ class GenAI(Style):
 
     def scaled_copies(self, piece: Piece, container: Container) -> Iterator[Tensor]:
         rows = piece.rows
-        zeros, offsets = self.read((piece.key, "zeros")), self.read((piece.key, "offsets"))
-        if offsets is None and container.offset:
-            offsets = self.require((piece.key, "offsets transposed")).view(-1, rows).T
-        codes, scales = self.require((piece.key, "codes")), self.require((piece.key, "scales"))
-        zeros, offsets = (None if part is None else part.reshape(rows, -1) for part in (zeros, offsets))
-        yield container.values(Parts(codes.view(rows, -1), scales.view(rows, -1), zeros, offsets))
+        if (codes := self.read((piece.key, "codes"))) is None:
+            return
+        scales, zeros = self.require((piece.key, "scales")), self.read((piece.key, "zeros"))
+        zeros = None if zeros is None else zeros.view(rows, -1)
+        looked_up, multiplied = self.read((piece.key, "offsets")), self.read((piece.key, "offsets transposed"))
+        offsets = [] if looked_up is None else [looked_up.view(rows, -1)]
+        offsets += [] if multiplied is None else [multiplied.view(-1, rows).T]
+        for each in offsets if container.offset else [None]:
+            yield container.values(Parts(codes.view(rows, -1), scales.view(rows, -1), zeros, each))
 
     def _numbers(self, name: str, piece: Piece, container: Container, flat: bool) -> list[str]:
         """Codes, scales and, unless codes are centred, zero points: the operators' inputs, in their order."""

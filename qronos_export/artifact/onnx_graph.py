@@ -61,6 +61,12 @@ class Opened:
         self.products = [name for name, kinds in uses.items() if kinds == ["MatMul 1"]]
         self.lookups = [name for name, kinds in uses.items() if kinds == ["Gather 0"]]
 
+    def vectors(self) -> list[Tensor]:
+        """Its norms, biases and other initializers of one dimension."""
+        kinds = TensorProto.FLOAT, TensorProto.FLOAT16
+        flat = [each for each in self.tensors.values() if len(each.dims) == 1 and each.data_type in kinds]
+        return [torch.from_numpy(read(each, self.folder)).float() for each in flat]
+
     def matrices(self) -> dict[str, Tensor]:
         """Float32 [out, in] each, rows as in a linear layer or an embedding; mapped, not in memory."""
         found = {name: torch.from_numpy(read(self.tensors[name], self.folder)) for name in self.lookups}
@@ -149,7 +155,9 @@ class Style(ABC):
     def verify(self, piece: Piece) -> None:
         """Read the numbers of a written piece back from the data file. Raises ArtifactError where they stand for other
         values than its blocks."""
-        if not all(torch.equal(values, piece.floats()) for values in self.copies(piece)):
+        floats = piece.floats()
+        same = [torch.equal(values, floats) for values in self.copies(piece)]
+        if not same or not all(same):
             raise ArtifactError(f"{self.data.path} does not hold the values of {piece.key!r}.")
 
     def copies(self, piece: Piece) -> Iterator[Tensor]:

@@ -29,7 +29,7 @@ from qronos_export.artifact.onnx_data import DataFile
 from qronos_export.artifact.onnx_genai import GenAI
 from qronos_export.artifact.onnx_graph import Opened, Piece, Style, rewritten
 from qronos_export.artifact.onnx_plain import Plain
-from qronos_export.artifact.onnx_rows import Rows, find_rows
+from qronos_export.artifact.onnx_rows import Rows, find_rows, find_vectors
 from qronos_export.errors import ArtifactError
 
 GENAI_CONFIG = "genai_config.json"
@@ -109,6 +109,7 @@ def write_package(
     head_size = int(config["model"]["decoder"]["head_size"])
     matrices = opened.matrices()
     found = find_rows(file, matrices)
+    find_vectors(file, opened.vectors())
     pieces = {name: _pieces(parts, blocks, matrices[name].shape[1]) for name, parts in found.items()}
     model = destination / ("onnx/model_q4.onnx" if layout == "onnx-js" else "model.onnx")
     model.parent.mkdir(parents=True)

@@ -6,9 +6,11 @@ is a row, though: `RowIndex` finds it by its hash, and equality decides.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from qronos_export.artifact.gguf import GGUFFile, RowIndex
@@ -30,11 +32,12 @@ class Rows:
 def find_rows(file: GGUFFile, matrices: Mapping[str, Tensor]) -> dict[str, list[Rows]]:
     """What each of `matrices` (name -> float32 [rows, columns]) is made of, from its first row to its last.
 
-    Raises ArtifactError for a matrix that holds other rows than the file, and for a quantized tensor in none of them.
+    Of tensors with the same content (merges that repeat layers) the first layer's goes to the first layer. Raises
+    ArtifactError for a matrix that holds other rows than the file, and for a quantized tensor in none of them.
     """
-    names = [name for name, tensor in file.tensors.items() if len(tensor.shape) > 1]
+    names = sorted((name for name, tensor in file.tensors.items() if len(tensor.shape) > 1), key=_natural)
     found: dict[str, list[Rows]] = {}
-    missing = dict(matrices)
+    missing = {name: matrices[name] for name in sorted(matrices, key=_natural)}
     unused = set(names)
     while missing:
         index = RowIndex(file, names)
@@ -66,3 +69,25 @@ def find_rows(file: GGUFFile, matrices: Mapping[str, Tensor]) -> dict[str, list[
             f"{min(unused)} of {file.path.name} is no matrix of its own in the ONNX graph. Use --artifact gguf."
         )
     return found
+
+
+def find_vectors(file: GGUFFile, vectors: Sequence[Tensor]) -> None:
+    """Raises ArtifactError for a norm or bias of the file whose numbers are in none of `vectors`, a graph's.
+
+    Frequencies of positions are left out: a graph holds their sines and cosines.
+    """
+    known = torch.cat(list(vectors)).unique() if vectors else torch.empty(0)
+    for name, tensor in file.tensors.items():
+        if len(tensor.shape) > 1 or name.startswith("rope_"):
+            continue
+        values = torch.cat(list(file.floats(name))).flatten()
+        if bool(values.any()) and not bool(torch.isin(values, known).all()):
+            raise ArtifactError(
+                f"{name} of {file.path.name} is nowhere in the ONNX graph: its configuration has no such part. "
+                "Use --artifact gguf, or convert --like the original model."
+            )
+
+
+def _natural(name: str) -> tuple[tuple[int, str], ...]:
+    """Layer 2 before layer 10."""
+    return tuple((int(number or 0), text) for number, text in re.findall(r"(\d+)|(\D+)", name))

@@ -61,7 +61,8 @@ class Session:
             )
 
     def logits(self, tokens: Tensor) -> Tensor:
-        """Float32 [sequences, length, vocabulary] of `tokens` int64 [sequences, length]."""
+        """Float32 [sequences, length, vocabulary] of `tokens` int64 [sequences, length]. Raises ArtifactError where
+        onnxruntime fails."""
         count, length = tokens.shape
         feed = {"input_ids": tokens.cpu().numpy(), "attention_mask": np.ones((count, length), np.int64)}
         feed["position_ids"] = np.broadcast_to(np.arange(length), (count, length))
@@ -70,7 +71,12 @@ class Session:
                 size = each.shape[3] if isinstance(each.shape[3], int) else self._head_size()
                 feed[each.name] = np.zeros((count, each.shape[1], 0, size), _TYPES[each.type])
         names = {each.name for each in self._inputs}
-        (found,) = self._session.run(["logits"], {name: value for name, value in feed.items() if name in names})
+        try:
+            (found,) = self._session.run(["logits"], {name: value for name, value in feed.items() if name in names})
+        except Exception as error:  # its exceptions share no base
+            raise ArtifactError(
+                f"onnxruntime {self.version} stopped while it ran {self.path}: {str(error).splitlines()[0]}."
+            ) from error
         return torch.from_numpy(found).float()
 
     def _head_size(self) -> int:

@@ -4,7 +4,7 @@ This package owns every import of transformers, safetensors and huggingface_hub.
 weights that are already quantized and code that comes with a checkpoint (unless the caller trusts it).
 """
 
-from .attention import head_sizes, round_cache
+from .attention import attention_windows, head_sizes, round_cache
 from .from_gguf import unpack
 from .lazy import LazyModel, load_whole
 from .source import Checkpoint, open_checkpoint
@@ -15,6 +15,7 @@ __all__ = [
     "Checkpoint",
     "CheckpointWriter",
     "LazyModel",
+    "attention_windows",
     "head_sizes",
     "load_whole",
     "open_checkpoint",

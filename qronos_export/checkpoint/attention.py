@@ -14,14 +14,27 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import Tensor, nn
+from transformers import AutoConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from qronos_export.errors import UsageError
 
 from .lazy import LazyModel
+from .quiet import quiet
+from .source import Checkpoint
 
 _NAME = "qronos_export_rounded"
 Rounding = Callable[[Tensor], Tensor]
+
+
+def attention_windows(checkpoint: Checkpoint) -> list[int | None]:
+    """How many of the last tokens each layer attends to; None: all."""
+    with quiet():
+        config = AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=checkpoint.trust_remote_code)
+    config = config.get_text_config(decoder=True)
+    window = getattr(config, "sliding_window", None) or None
+    kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * config.num_hidden_layers
+    return [window if kind == "sliding_attention" else None for kind in kinds]
 
 
 def head_sizes(model: LazyModel) -> frozenset[int]:
