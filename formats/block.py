@@ -167,7 +167,14 @@ class Grid:
 
     def nearest(self, weights: Tensor) -> Tensor:
         """Codes [rows, columns] of the storable values nearest to `weights` [rows, columns]."""
-        inverse = self._spread(reciprocal(self.scale), weights.shape[1])
+        from formats import native  # which knows what levels are
+
+        inverse = reciprocal(self.scale)
+        if isinstance(self.levels, Integers) and weights.numel() == inverse.numel() * self.group:
+            codes = native.nearest(weights, inverse, self.offset, self.levels)
+            if codes is not None:
+                return codes
+        inverse = self._spread(inverse, weights.shape[1])
         if self.offset is not None:
             weights = weights - self._spread(self.offset, weights.shape[1])
         return self.levels.nearest(weights * inverse)

@@ -25,7 +25,7 @@ from torch import Tensor
 from formats.affine_search import best_half_affine
 from formats.bits import pack_consecutive, pack_nibbles, unpack_consecutive, unpack_nibbles
 from formats.block import BlockFormat, Codebook, Floats, Grid, Integers, Levels, blocked, half_bytes, half_from_bytes
-from formats.scale_search import best_scale, grouped, to_half
+from formats.scale_search import best_half_scale, grouped, to_half
 
 
 class _Float(BlockFormat):
@@ -67,8 +67,7 @@ class OneScale(BlockFormat):
     beside: tuple[float, ...] = (0.5, 0.25)  # how far around the best of them
 
     def fit(self, weights: Tensor, importance: Tensor | None = None) -> Grid:
-        groups = grouped(weights, importance, self.block_size)
-        return self._grid(best_scale(*groups, self.levels, self.reach, self.beside).view(weights.shape[0], -1))
+        return self._grid(best_half_scale(weights, importance, self.block_size, self.levels, self.reach, self.beside))
 
     def rescaled(self, scale: Tensor) -> Grid:
         return self._grid(to_half(scale))

@@ -30,7 +30,7 @@ from formats.block import (
     reciprocal,
 )
 from formats.ggml_basic import OneScale
-from formats.scale_search import best_scale, best_ternary_scale, grouped, in_chunks, search_scale, to_half
+from formats.scale_search import best_half_scale, best_ternary_scale, grouped, in_chunks, search_scale, to_half
 from formats.sums import weighted_error
 
 
@@ -56,11 +56,11 @@ class IntegerGrid(BlockFormat):
         self.levels = Integers(-half, half - 1) if symmetric else Integers(0, 2 * half - 1)
 
     def fit(self, weights: Tensor, importance: Tensor | None = None) -> Grid:
-        rows = weights.shape[0]
-        groups = grouped(weights, importance, self.block_size)
         if self.symmetric:
-            return self._grid(best_scale(*groups, self.levels, _reach(2.0 ** (self.bits - 1))).view(rows, -1))
-        s, z = in_chunks(self._search, *groups)
+            reach = _reach(2.0 ** (self.bits - 1))
+            return self._grid(best_half_scale(weights, importance, self.block_size, self.levels, reach))
+        rows = weights.shape[0]
+        s, z = in_chunks(self._search, *grouped(weights, importance, self.block_size))
         return self._grid(s.view(rows, -1), z.view(rows, -1))
 
     def rescaled(self, scale: Tensor) -> Grid | None:

@@ -44,6 +44,40 @@ def search_scale(
     return found
 
 
+def serves(weights: Tensor, levels: Levels) -> bool:
+    """Whether `best_half_scale` can be called."""
+    return _library(weights) is not None and isinstance(levels, Integers | Codebook)
+
+
+def best_half_scale(
+    weights: Tensor, importance: Tensor, levels: Levels, reach: Sequence[float], beside: Sequence[float]
+) -> Tensor:
+    """scale_search.best_half_scale of weights [rows, columns], a group of them after another, with importance
+    [groups, size] of as many groups or of those of a row: [groups]."""
+    lib, line = _library(weights, importance), _line(levels)
+    assert lib is not None and line is not None
+    weights, importance = weights.contiguous(), importance.contiguous()
+    found = weights.new_empty(weights.numel() // importance.shape[1])
+    sizes = c_long(importance.shape[1]), c_long(len(found))
+    lib.best_half_scale(
+        *sizes, _at(weights), c_long(len(importance)), _at(importance), *line, *_list(reach), *_list(beside), _at(found)
+    )
+    return found
+
+
+def nearest(weights: Tensor, inverse: Tensor, offset: Tensor | None, levels: Integers) -> Tensor | None:
+    """Grid.nearest: codes [rows, columns] of (weights − offset) · inverse, both of which are [rows, groups]."""
+    if (lib := _library(weights, inverse)) is None:
+        return None
+    weights, inverse = weights.contiguous(), inverse.contiguous()
+    offset = None if offset is None else offset.contiguous()
+    codes = torch.empty_like(weights, dtype=torch.int8 if levels.low < 0 else torch.uint8)
+    sizes = c_long(weights.numel() // inverse.numel()), c_long(inverse.numel())
+    at = c_void_p() if offset is None else _at(offset)
+    lib.nearest_integers(*sizes, _at(weights), _at(inverse), at, c_float(levels.low), c_float(levels.high), _at(codes))
+    return codes
+
+
 def search_affine(
     x: Tensor, importance: Tensor, high: int, below_zero: bool, tries: Sequence[tuple[float, float]]
 ) -> tuple[Tensor, Tensor] | None:

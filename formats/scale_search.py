@@ -30,22 +30,30 @@ def to_half(scale: Tensor) -> Tensor:
 def grouped(weights: Tensor, importance: Tensor | None, size: int) -> tuple[Tensor, Tensor]:
     """Weights and importance [rows, columns] as [size, groups]: a group is a column.
 
-    Importance comes in units of its largest, so that its own unit is no matter. A group of no importance weighs alike
-    inside and next to nothing beside others; so does, with full weight, one whose importance is not finite.
+    `settled` says how importance is read.
     """
     flat = weights.reshape(-1, size).T
     if importance is None:
         return flat, torch.ones_like(flat)
-    rows, columns = weights.shape
+    shared = settled(importance, weights.shape[1], size).T
+    return flat, shared if shared.shape == flat.shape else shared.repeat(1, len(weights))
+
+
+def settled(importance: Tensor, columns: int, size: int) -> Tensor:
+    """Importance, of all rows together or of each, by groups: float32 [groups, size].
+
+    In units of its largest, so that its own unit is no matter. A group of no importance weighs alike inside and next to
+    nothing beside others; so does, with full weight, one whose importance is not finite.
+    """
     importance = importance.to(torch.float32)
     largest = importance.nan_to_num(0.0, posinf=0.0).amax()
-    given = len(importance) if importance.ndim > 1 else 1  # what all rows share is settled once
-    importance = (importance * reciprocal(largest)).expand(given, columns).reshape(-1, size).T
-    total = importance.sum(0)
+    given = len(importance) if importance.ndim > 1 else 1
+    importance = (importance * reciprocal(largest)).expand(given, columns).reshape(-1, size)
+    total = importance.sum(1, keepdim=True)
     undecided = ~((total > 0) & torch.isfinite(total))
     if undecided.any():
         importance = torch.where(undecided, torch.where(total == 0, _UNIMPORTANT, 1.0), importance)
-    return flat, importance if given == rows else importance.repeat(1, rows)
+    return importance
 
 
 def in_chunks(
@@ -112,6 +120,30 @@ def refine(x: Tensor, importance: Tensor, scale: Tensor, levels: Levels) -> Tens
     """Least-squares scale for the codes that `scale` [groups] gives; unchanged where all codes are 0."""
     _, along, power = code_sums(x, importance, levels, reciprocal(scale))
     return torch.where(power > 0, along / power, scale)
+
+
+def best_half_scale(
+    weights: Tensor,
+    importance: Tensor | None,
+    size: int,
+    levels: Levels,
+    reach: Sequence[float],
+    beside: Sequence[float] = (0.5, 0.25),
+) -> Tensor:
+    """Best fp16 scale found for each `size` columns: float32 [rows, groups] for `weights` [rows, columns]."""
+    rows, columns = weights.shape
+    if not native.serves(weights, levels):
+        return best_scale(*grouped(weights, importance, size), levels, reach, beside).view(rows, -1)
+    shared = weights.new_ones(1, size) if importance is None else settled(importance, columns, size)
+    each = len(shared) == weights.numel() // size  # every row has its own
+    step = max(1, at_once(weights.device) // columns)
+
+    def search(first: int) -> Tensor:
+        groups = slice(first * columns // size, (first + step) * columns // size)
+        part = shared[groups] if each else shared
+        return native.best_half_scale(weights[first : first + step], part, levels, reach, beside)
+
+    return torch.cat(side_by_side(search, range(0, rows, step), weights.device)).view(rows, -1)
 
 
 def best_scale(

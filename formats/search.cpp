@@ -28,6 +28,22 @@ template <class V> static V clamp(V v, V low, V high) {
     return v < high ? v : high;
 }
 
+template <class V> struct BitsOf;
+template <> struct BitsOf<float> { typedef int type; };
+template <> struct BitsOf<Lanes> { typedef int type __attribute__((vector_size(sizeof(Lanes)))); };
+
+// The nearest number of sixteen bits, halves to even, none beyond the largest.
+template <class V> static V half(V v) {
+    v = clamp(v, V{} - 65504.0f, V{} + 65504.0f);
+    typename BitsOf<V>::type bits;
+    std::memcpy(&bits, &v, sizeof v);
+    bits = (bits + 0xFFF + ((bits >> 13) & 1)) & ~0x1FFF;
+    V normal;
+    std::memcpy(&normal, &bits, sizeof v);
+    const V tiny = v < V{} ? (v - 0.5f) + 0.5f : (v + 0.5f) - 0.5f; // a multiple of 2^-24
+    return (v < V{} ? -v : v) < 6.103515625e-5f ? tiny : normal;
+}
+
 // The nearest integer, halves to even, of numbers below 2^22.
 template <class V> static V round(V v) { return (v + 12582912.0f) - 12582912.0f; }
 
@@ -89,14 +105,16 @@ template <class V, class L> static V squared_error(const Weights &of, const L &l
 
 // scale_search.search_scale
 template <class V, class L>
-static V search_one(const Weights &of, const L &levels, const float *reach, long reaches, const float *beside, long steps) {
+static V search_one(const Weights &of, const L &levels, const float *reach, long reaches, const float *beside, long steps,
+                    V &top) {
     V low = of.value<V>(0), high = low;
     for (long i = 1; i < of.size; i++) {
         const V x = of.value<V>(i);
         low = x < low ? x : low;
         high = x > high ? x : high;
     }
-    const V top = -low > high ? low : high, per_peak = finite_or(1.0f / top, V{});
+    top = -low > high ? low : high;
+    const V per_peak = finite_or(1.0f / top, V{});
     V chosen = top / reach[0], gain{}, anchor = V{} + reach[0];
     auto try_on = [&](V at) {
         const Moments<V> sums = moments(of, levels, per_peak * at, V{});
@@ -113,6 +131,23 @@ static V search_one(const Weights &of, const L &levels, const float *reach, long
         try_on(best + beside[k]);
     }
     return chosen;
+}
+
+// scale_search.best_scale with `to_half`: of the plain rule, what was found, and least squares on the codes it gives.
+template <class V, class L>
+static V best_half(const Weights &of, const L &levels, const float *reach, long reaches, const float *beside, long steps) {
+    V top;
+    const V found = search_one(of, levels, reach, reaches, beside, steps, top);
+    const Moments<V> sums = moments(of, levels, finite_or(1.0f / found, V{}), V{});
+    const V candidates[] = {top / reach[0], found, sums.wqq > V{} ? sums.wqx / sums.wqq : found};
+    V best{}, least{};
+    for (int k = 0; k < 3; k++) {
+        const V scale = half(candidates[k]), error = squared_error(of, levels, finite_or(1.0f / scale, V{}), V{}, scale);
+        const auto better = error < least;
+        best = k == 0 ? scale : better ? scale : best;
+        least = k == 0 ? error : better ? error : least;
+    }
+    return best;
 }
 
 // affine_search.search_affine; tries: pairs of codes wider, and codes cut off below.
@@ -177,6 +212,20 @@ template <class F> static void over_tiles(const Weights &all, long groups, F eac
     });
 }
 
+// The same of groups that lie one after another; group n has the importance of n modulo `shared`.
+template <class F> static void over_rows(long size, long groups, const float *x, long shared, const float *importance, F each) {
+    std::vector<float> tile(size * sizeof(Lanes) / sizeof(float)), weights(tile.size());
+    over_groups(groups, [&](auto zero, long first) {
+        using V = decltype(zero);
+        constexpr long lanes = sizeof(V) / sizeof(float);
+        for (long lane = 0; lane < lanes; lane++) {
+            const float *from = x + (first + lane) * size, *weight = importance + (first + lane) % shared * size;
+            for (long i = 0; i < size; i++) tile[i * lanes + lane] = from[i], weights[i * lanes + lane] = weight[i];
+        }
+        each(zero, first, Weights{tile.data(), weights.data(), size, lanes});
+    });
+}
+
 template <class F> static void with_levels(const float *table, float low, float high, float per_unit, F use) {
     if (table)
         use(Codebook{table, low, high, per_unit});
@@ -211,7 +260,8 @@ extern "C" void search_scale(long size, long groups, const float *x, const float
                              const float *beside, long steps, float *scales) {
     with_levels(table, low, high, per_unit, [&](auto levels) {
         over_tiles(Weights{x, importance, size, groups}, groups, [&](auto zero, long first, const Weights &of) {
-            store(scales + first, search_one<decltype(zero)>(of, levels, reach, reaches, beside, steps));
+            auto top = zero;
+            store(scales + first, search_one(of, levels, reach, reaches, beside, steps, top));
         });
     });
 }
@@ -224,4 +274,25 @@ extern "C" void search_affine(long size, long groups, const float *x, const floa
         store(scales + first, scale);
         store(offsets + first, offset);
     });
+}
+
+// x [groups, size], importance [shared, size].
+extern "C" void best_half_scale(long size, long groups, const float *x, long shared, const float *importance,
+                                const float *table, float low, float high, float per_unit, const float *reach,
+                                long reaches, const float *beside, long steps, float *scales) {
+    with_levels(table, low, high, per_unit, [&](auto levels) {
+        over_rows(size, groups, x, shared, importance, [&](auto zero, long first, const Weights &of) {
+            store(scales + first, best_half<decltype(zero)>(of, levels, reach, reaches, beside, steps));
+        });
+    });
+}
+
+// Grid.nearest for integers: x [groups, size], codes alike; offset may be null.
+extern "C" void nearest_integers(long size, long groups, const float *x, const float *inverse, const float *offset,
+                                 float low, float high, signed char *codes) {
+    for (long group = 0; group < groups; group++) {
+        const float factor = inverse[group], shift = offset ? offset[group] : 0.0f;
+        for (long i = group * size; i < (group + 1) * size; i++)
+            codes[i] = static_cast<signed char>(static_cast<int>(round(clamp((x[i] - shift) * factor, low, high))));
+    }
 }

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from formats import FORMATS, native
 from formats.affine_search import search_affine
-from formats.block import Codebook, Integers, Levels, reciprocal
+from formats.block import Codebook, Grid, Integers, Levels, reciprocal
 from formats.compiled import folder, how
 from formats.parallel import at_once, side_by_side
-from formats.scale_search import search_scale
+from formats.scale_search import best_half_scale, grouped, search_scale, to_half
 from formats.sums import code_sums, weighted_error
 from qronos_export.cache import cache_folder
 
@@ -72,6 +72,38 @@ def test_the_search_for_a_scale_is_torchs(both: Callable, levels: Levels, shape:
     compiled, plain = both(search_scale, *whole(*shape), levels, reach, (0.5, 0.25))
     assert torch.equal(compiled, plain)
     assert float(plain[0]) != 0.0 and (shape[1] == 1 or float(plain[-1]) == 0.0)
+
+
+@pytest.mark.parametrize("own", [False, True])
+@pytest.mark.parametrize("levels", LEVELS, ids=lambda levels: type(levels).__name__)
+@pytest.mark.parametrize("groups", [1, 16, 37])
+def test_the_best_stored_scale_is_torchs(both: Callable, levels: Levels, groups: int, own: bool) -> None:
+    """Of any size: below the normal numbers of sixteen bits, and beyond the largest. Candidates that are as good as
+    equal may change places, no more."""
+    generator = torch.Generator().manual_seed(groups)
+    weights = torch.randn(3, 32 * groups, generator=generator) * 2.0 ** torch.tensor([[-20.0], [0.0], [26.0]])
+    weights[1, -32:] = 0
+    importance = torch.rand((3 if own else 1) * 32 * groups, generator=generator).view(-1, 32 * groups)
+    reach = (float(levels.high), -float(levels.high)) if isinstance(levels, Integers) else (8.0, -8.0, 7.0)
+    compiled, plain = both(best_half_scale, weights, importance, 32, levels, reach)
+    for found in (compiled, plain):
+        assert torch.equal(found, to_half(found)) and bool((found != 0).any())
+    x, w = grouped(weights, importance, 32)
+    ours, torchs = (weighted_error(x, w, found.flatten(), levels) for found in (compiled, plain))
+    assert float(((ours - torchs).abs() > 1e-5 * torchs).float().mean()) < 0.05
+    assert torch.allclose(ours.view(3, -1).sum(1), torchs.view(3, -1).sum(1), rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("levels", [Integers(-8, 7), Integers(0, 3), Integers(0, 255)], ids=str)
+@pytest.mark.parametrize("shifted", [False, True])
+def test_nearest_integers_are_torchs(both: Callable, levels: Integers, shifted: bool) -> None:
+    """Halves and the ends included."""
+    weights = torch.arange(-300, 340, dtype=torch.float32).view(4, 160) * 0.5
+    scale = torch.tensor([1.0, -1.0, 0.0, 2.0, 0.5]).expand(4, 5).contiguous()
+    grid = Grid(scale, levels, group=32, offset=torch.full_like(scale, 0.5) if shifted else None)
+    compiled, plain = both(grid.nearest, weights)
+    assert torch.equal(compiled, plain) and compiled.dtype == plain.dtype
+    assert {int(plain.min()), int(plain.max())} == {levels.low, levels.high}
 
 
 @pytest.mark.parametrize("high", [1, 3, 15, 31])
