@@ -355,7 +355,7 @@ def _write_raw(path: Path, tensors: Sequence[Tensor]) -> str:
     partial = path.with_suffix(".partial")
     with partial.open("wb") as file:
         for tensor in tensors:
-            data = memoryview(tensor.contiguous().cpu().view(torch.uint8).numpy())
+            data = tensor.contiguous().cpu().view(torch.uint8).numpy().data
             digest.update(data)
             file.write(data)
         file.flush()
