@@ -192,7 +192,7 @@ def _run(
         if recipe.transform_names:  # their checkpoints, and the last one's file
             needed += folded_bytes(recipe, checkpoint) + float_bytes(checkpoint)
         needed += 2 * float_bytes(checkpoint) if layouts else 0  # the builder's graph, its embedding twice if tied
-        check_space(folder, needed - pieces.bytes)
+        check_space(folder, needed - pieces.taken("float*", "transforms"))
         text = held_out_file(held, folder) if held else None
         if held and text:
             corpus.check_length(text, checkpoint, 2 * held.context)
@@ -240,7 +240,8 @@ def _run(
         outputs = [
             Output(each, pieces.store(name), path) for each, (name, path) in zip(mixes, paths.items(), strict=True)
         ]
-        check_space(folder, 2 * sum(each.bytes(source) for each in outputs))
+        needed = 2 * sum(each.bytes(source) for each in outputs) - pieces.taken("blocks", "step-*")
+        check_space(folder, needed)
         wanted = dict.fromkeys(name for each in outputs for name in each.mix.quantized)
         plan = Plan(source, gguf.RowIndex(source, list(wanted)))
         model = LazyModel(checkpoint, device)
@@ -250,9 +251,9 @@ def _run(
             tokens = _draw(recipe, original, device, result, clock, pieces, on_progress)
         journal = None
         if isinstance(pieces, State):
-            if tokens is not None:
+            if tokens is not None:  # hidden states after the last two steps, and those that are being written
                 states = tokens.numel() * model.embedding.embedding_dim * (1 + len(outputs)) * torch.float32.itemsize
-                check_space(folder, 3 * states - pieces.bytes)  # the last two, and one that is being written
+                check_space(folder, needed + 3 * states)
             journal = Journal(pieces, [(each.mix, each.store) for each in outputs], source, plan, result, clock, begun)
             begun = journal.begun
             if journal.done or pieces.damaged:

@@ -88,6 +88,7 @@ def resumable(output: Path, results: list[Path], force: bool, wanted: Mapping[st
                 raise
             for path in results:
                 _sync_all(path)
+            _sync(output)
             (root / _MANIFEST).unlink()
             shutil.rmtree(root)
 
@@ -97,10 +98,11 @@ def _alone(root: Path) -> Iterator[None]:
     """Holds the folder's lock, which ends with the process whatever ends that."""
     handle = os.open(root, os.O_RDONLY)
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise OutputError(f"Another run works in {root}; wait for it, or choose another --output.") from error
         yield
-    except BlockingIOError as error:
-        raise OutputError(f"Another run works in {root}; wait for it, or choose another --output.") from error
     finally:
         os.close(handle)
 
@@ -161,9 +163,8 @@ class Pieces:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
-    @property
-    def bytes(self) -> int:
-        """What earlier processes have put on the disk already."""
+    def taken(self, *patterns: str) -> int:
+        """Bytes on the disk, by earlier processes, of what `patterns` name here."""
         return 0
 
     def made(self, name: str, make: Callable[[Path], dict[str, Any]]) -> tuple[Path, dict[str, Any]]:
@@ -192,7 +193,6 @@ class State(Pieces):
             return place, record["facts"]
         if path.exists():
             self.damaged.append(name)
-            path.unlink()
         shutil.rmtree(place, ignore_errors=True)
         fresh, facts = super().made(name, make)
         files = {str(file.relative_to(fresh)): sha256(file) for file in sorted(fresh.rglob("*")) if file.is_file()}
@@ -207,9 +207,9 @@ class State(Pieces):
     def store(self, format: str) -> BlockStore:
         return BlockStore(self.root / "blocks" / format)
 
-    @property
-    def bytes(self) -> int:
-        return sum(file.stat().st_size for file in self.root.rglob("*") if file.is_file())
+    def taken(self, *patterns: str) -> int:
+        found = [file for pattern in patterns for top in self.root.glob(pattern) for file in (top, *top.rglob("*"))]
+        return sum(file.stat().st_size for file in found if file.is_file())
 
 
 class Journal:
