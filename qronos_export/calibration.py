@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from qronos_export.errors import CheckpointError
+from qronos_export.memory import ran_out
 from qronos_export.statistics import LayerStats
 from qronos_export.suspended import Activation, Block, Routed, Stop, expert_inner, expert_matrices, is_experts
 
@@ -107,9 +108,9 @@ class Decoder:
             block.forward = stub
         try:
             output = self._decoder(input_ids=tokens, use_cache=False).last_hidden_state
-        except torch.OutOfMemoryError:
-            raise
         except (RuntimeError, AttributeError, TypeError, IndexError) as error:
+            if ran_out(error):
+                raise
             raise CheckpointError(f"{self._unfit()} ({type(error).__name__}: {error}).") from error
         finally:
             for block in self._blocks:

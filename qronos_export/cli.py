@@ -8,10 +8,13 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shlex
+import signal
 import sys
 import traceback
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -165,6 +168,9 @@ def quantize(
     cache_type_v: CacheVOption = None,
     validate: Annotated[bool, typer.Option("--validate/--no-validate", help="Run llama.cpp on the result.")] = True,
     force: Annotated[bool, typer.Option("--force", help="Replace results in DIR.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Keep what is finished in DIR until all is, and go on behind it.")
+    ] = False,
     llamacpp: LlamaCppOption = None,
 ) -> None:
     """Quantize MODEL into DIR/<model>-<FORMAT>.gguf, one for each format, and DIR/report.json; ONNX models get folders
@@ -176,11 +182,12 @@ def quantize(
     wanted = load_recipe(recipe, **given) if recipe else recipe_from(given, "The command line")
 
     from qronos_export.llamacpp import find
-    from qronos_export.pipeline import Finished, Stage, Step, run
+    from qronos_export.pipeline import Finished, Resumed, Stage, Step, run
     from qronos_export.proof import Held
+    from qronos_export.resume import FOLDER
 
     held = Held(text, context, chunks, _cache(cache_type_k, cache_type_v))
-    with _progress() as progress:
+    with _resumable(output / FOLDER if resume else None), _progress() as progress:
         task = progress.add_task("start", total=None, detail="")
 
         def on_progress(done: int, total: int) -> None:
@@ -188,17 +195,36 @@ def quantize(
 
         tools = find(llamacpp)
         checked = held if validate else None
-        for event in run(wanted, output, llamacpp=tools, held=checked, force=force, on_progress=on_progress):
-            if isinstance(event, Stage):
-                progress.reset(task, total=event.steps, description=event.name, detail="")
-            elif isinstance(event, Step):
-                layer = event.layer
-                detail = "" if layer is None else f"{layer.tensor} {layer.method} error {_number(layer.error, '.4f')}"
-                progress.update(task, completed=event.done, detail=detail)
-            elif isinstance(event, Finished):
-                progress.remove_task(task)
-                result, folder = event.report, event.folder
+        with closing(
+            run(wanted, output, llamacpp=tools, held=checked, force=force, resume=resume, on_progress=on_progress)
+        ) as events:
+            for event in events:
+                if isinstance(event, Stage):
+                    progress.reset(task, total=event.steps, description=event.name, detail="")
+                elif isinstance(event, Resumed):
+                    redone = f"; damaged and made again: {', '.join(event.damaged)}" if event.damaged else ""
+                    progress.console.print(f"resumed after {event.done} steps{redone}", markup=False, highlight=False)
+                elif isinstance(event, Step):
+                    layer = event.layer
+                    detail = (
+                        "" if layer is None else f"{layer.tensor} {layer.method} error {_number(layer.error, '.4f')}"
+                    )
+                    progress.update(task, completed=event.done, detail=detail)
+                elif isinstance(event, Finished):
+                    progress.remove_task(task)
+                    result, folder = event.report, event.folder
     _summary(result, folder)
+
+
+@contextmanager
+def _resumable(state: Path | None) -> Iterator[None]:
+    """Says how to go on where a signal ends a run that leaves `state`."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit):
+        if state and state.is_dir():
+            typer.echo(f"resume with: {shlex.join(['qronos-export', *sys.argv[1:]])}", err=True)
+        raise
 
 
 def _override(given: str) -> tuple[str, str]:
@@ -538,7 +564,9 @@ def _number(value: float | None, spec: str) -> str:
 
 
 def main() -> None:
-    """The console entry point: errors of ours become one message and an exit code, others a bug report."""
+    """The console entry point: errors of ours become one message and an exit code, others a bug report. Ctrl-C exits
+    with 130, SIGTERM with 143, after everything that was begun has been cleared away."""
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     debug = "--debug" in sys.argv[1:]
     if debug:  # wherever it stands
         sys.argv = [sys.argv[0], "--debug", *(argument for argument in sys.argv[1:] if argument != "--debug")]

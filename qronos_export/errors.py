@@ -8,6 +8,7 @@
     ├── PlanError             a tensor and the wanted format do not fit together
     ├── ArtifactError         the written file is not what was calibrated
     ├── OutputError           the place to write to: occupied, full, read-only
+    ├── OutOfMemoryError      of this machine or its GPU; the message says in which phase, and what needs less
     ├── LlamaCppError         llama.cpp is missing, too old, or a tool of it failed
     ├── TaskError             a zero-shot task or its data cannot be read or run
     └── GateError             validation ran and the file missed a limit
@@ -47,6 +48,10 @@ class ArtifactError(QronosError):
 
 
 class OutputError(QronosError):
+    pass
+
+
+class OutOfMemoryError(QronosError):
     pass
 
 

@@ -1,10 +1,12 @@
-"""This process's memory: its peak, and giving back what was freed."""
+"""This process's memory: its peak, giving back what was freed, and telling that it did not suffice."""
 
 from __future__ import annotations
 
 import ctypes
 import resource
 import sys
+
+import torch
 
 
 def peak_memory() -> int:
@@ -21,3 +23,10 @@ def give_back() -> None:
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
     if trim is not None:
         trim(0)
+
+
+def ran_out(error: BaseException) -> bool:
+    """Whether `error` says that memory did not suffice. torch has no type of its own for that on a CPU."""
+    if isinstance(error, RuntimeError) and not isinstance(error, torch.OutOfMemoryError):
+        return any(words in str(error) for words in ("can't allocate memory", "std::bad_alloc"))
+    return isinstance(error, MemoryError | torch.OutOfMemoryError)

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -21,9 +23,9 @@ from qronos_export.attention import check_attention
 from qronos_export.calibration import Clock
 from qronos_export.checkpoint import Checkpoint, LazyModel, open_checkpoint
 from qronos_export.device import pick_device
-from qronos_export.errors import TransformError, UsageError
+from qronos_export.errors import OutOfMemoryError, TransformError, UsageError
 from qronos_export.llamacpp import LlamaCpp
-from qronos_export.memory import peak_memory
+from qronos_export.memory import peak_memory, ran_out
 from qronos_export.onnx_export import check_foreign, float_graph, onnx_folder, onnx_versions, write_onnx
 from qronos_export.onnx_validation import TorchReference, open_session
 from qronos_export.plan import (
@@ -40,6 +42,7 @@ from qronos_export.plan import (
 from qronos_export.proof import Held, float_file, held_out_file, reference
 from qronos_export.recipe import Recipe
 from qronos_export.report import Artifact, LayerReport, RunReport
+from qronos_export.resume import Journal, Pieces, State, identity, resumable
 from qronos_export.streams import calibrate, round_to_nearest, rounded_cache
 from qronos_export.transformed import PROBE, need_inputs, transformed
 from qronos_export.validation import CACHE_TYPES, Cache
@@ -68,7 +71,15 @@ class Finished:
     folder: Path
 
 
-Event = Stage | Step | Finished
+@dataclass(frozen=True)
+class Resumed:
+    """A run before this one finished `done` steps: embedding, blocks, head. `damaged` names what has to be redone."""
+
+    done: int
+    damaged: list[str]
+
+
+Event = Stage | Step | Resumed | Finished
 
 
 def run(
@@ -78,14 +89,59 @@ def run(
     llamacpp: LlamaCpp,
     held: Held | None,
     force: bool = False,
+    resume: bool = False,
     on_progress: Callable[[int, int], None] | None = None,
-) -> Iterator[Event]:
+) -> Generator[Event, None, None]:
     """Quantize by `recipe` into `output`/<model>-<format>.gguf and report.json; `held` None skips validation.
 
     `on_progress(done, total)` is called within stages that are one call: sampling text, llama.cpp's runs.
 
-    Raises QronosError; then, and when interrupted, nothing partial is left in `output`.
+    Raises QronosError; then, and when interrupted, nothing partial is left in `output`. With `resume` what is finished
+    stays there in a hidden folder, however the run ends before it is over, and the next one goes on behind it.
     """
+    stage = "load"
+    with closing(_run(recipe, output, llamacpp, held, force, resume, on_progress)) as events:
+        try:
+            for event in events:
+                stage = event.name if isinstance(event, Stage) else stage
+                yield event
+        except (MemoryError, RuntimeError) as error:
+            if not ran_out(error):
+                raise
+            what = [*str(error).splitlines(), type(error).__name__][0]
+            raise OutOfMemoryError(
+                f"Memory ran out in the stage {stage!r} ({what}). {_needs_less(stage, recipe)}"
+            ) from error
+
+
+def _needs_less(stage: str, recipe: Recipe) -> str:
+    """What to change where memory does not suffice for a stage."""
+    batch = f"a smaller --micro-batch (it is {recipe.micro_batch})"
+    if stage == "calibration text":
+        return "Sampling loads the whole model; give a text with --calibration FILE."
+    if stage == "transforms":
+        if "spinquant" in recipe.transform_names:
+            return "spinquant learns through the whole model; choose other --transforms."
+        return f"Try {batch}, or --transforms none."
+    if stage == "layers" and recipe.method != "rtn":
+        formats = ", one --format at a time" if len(recipe.formats) > 1 else ""
+        return f"Try {batch}, fewer --samples (they are {recipe.samples} × {recipe.sequence_length} tokens){formats}."
+    if stage == "onnx graph":
+        return "onnxruntime-genai's builder holds the model in float32; leave onnx out of --artifact."
+    if stage.startswith("validate"):
+        return f"Try {batch}, a smaller --context, or --no-validate."
+    return "Embedding, head and one decoder block have to fit in float32; use a machine with more memory."
+
+
+def _run(
+    recipe: Recipe,
+    output: Path,
+    llamacpp: LlamaCpp,
+    held: Held | None,
+    force: bool,
+    resume: bool,
+    on_progress: Callable[[int, int], None] | None,
+) -> Generator[Event, None, None]:
     begun = time.perf_counter()
     device = pick_device(recipe.device)
     yield Stage("load")
@@ -128,12 +184,15 @@ def run(
     paths = {name: output / f"{checkpoint.name}-{name}.gguf" for name in recipe.formats}
     results = [path for path in paths.values() if "gguf" in recipe.artifacts]
     results += [onnx_folder(path, layout) for path in paths.values() for layout in layouts]
-    with workspace(output, [*results, report_path], force) as folder:
+    if resume:
+        yield Stage("checksums")
+    with _pieces(output, [*results, report_path], force, resume, recipe, checkpoint, device, versions) as pieces:
+        folder = pieces.folder
         needed = 0 if checkpoint.float_gguf else stored_bytes(checkpoint)
         if recipe.transform_names:  # their checkpoints, and the last one's file
             needed += folded_bytes(recipe, checkpoint) + float_bytes(checkpoint)
         needed += 2 * float_bytes(checkpoint) if layouts else 0  # the builder's graph, its embedding twice if tied
-        check_space(folder, needed)
+        check_space(folder, needed - pieces.taken("float*", "transforms"))
         text = held_out_file(held, folder) if held else None
         if held and text:
             corpus.check_length(text, checkpoint, 2 * held.context)
@@ -152,7 +211,7 @@ def run(
             graph = float_graph(checkpoint, folder / "graph")  # refuses models it does not know
             clock.lap("load")
         original, tokens = checkpoint, None
-        reference_file = float_file(original, llamacpp, folder)
+        reference_file = _float_file("float", original, llamacpp, pieces)
         source = gguf.GGUFFile(reference_file)
         mixes = [choose_types(source, name, recipe, llamacpp) for name in paths]  # refuses before anything takes time
         for tensor in dict.fromkeys(tensor for each in mixes for tensor in each.quantized):
@@ -164,15 +223,14 @@ def run(
             clock.lap("load")
             if recipe.method != "rtn" or need_inputs(names):
                 yield Stage("calibration text")
-                tokens = _draw(recipe, original, device, result, clock, on_progress)
+                tokens = _draw(recipe, original, device, result, clock, pieces, on_progress)
             yield Stage("transforms")
-            folded = fold(
-                recipe, original, PROBE.to(device) if tokens is None else tokens, folder, on_progress=on_progress
+            checkpoint, names, notes = _fold(
+                recipe, original, PROBE.to(device) if tokens is None else tokens, pieces, on_progress
             )
-            checkpoint, names = folded.checkpoint, folded.transforms
-            result.notes += folded.notes
+            result.notes += notes
             if names:
-                source = gguf.GGUFFile(float_file(checkpoint, llamacpp, folder / "transformed"))
+                source = gguf.GGUFFile(_float_file("float-transformed", checkpoint, llamacpp, pieces))
                 mixes = [choose_types(source, name, recipe, llamacpp) for name in paths]
                 if graph:
                     shutil.rmtree(folder / "graph")
@@ -180,25 +238,34 @@ def run(
             clock.lap("transforms")
         result.recipe["transforms"] = ",".join(names) or "none"
         outputs = [
-            Output(each, gguf.BlockStore(folder / name), path)
-            for each, (name, path) in zip(mixes, paths.items(), strict=True)
+            Output(each, pieces.store(name), path) for each, (name, path) in zip(mixes, paths.items(), strict=True)
         ]
-        check_space(folder, 2 * sum(each.bytes(source) for each in outputs))
+        needed = 2 * sum(each.bytes(source) for each in outputs) - pieces.taken("blocks", "step-*")
+        check_space(folder, needed)
         wanted = dict.fromkeys(name for each in outputs for name in each.mix.quantized)
         plan = Plan(source, gguf.RowIndex(source, list(wanted)))
         model = LazyModel(checkpoint, device)
         clock.lap("load")
-
-        if recipe.method == "rtn":
-            rounded = round_to_nearest(model, plan, outputs, clock)
+        if tokens is None and recipe.method != "rtn":
+            yield Stage("calibration text")
+            tokens = _draw(recipe, original, device, result, clock, pieces, on_progress)
+        journal = None
+        if isinstance(pieces, State):
+            if tokens is not None:  # hidden states after the last two steps, and those that are being written
+                states = tokens.numel() * model.embedding.embedding_dim * (1 + len(outputs)) * torch.float32.itemsize
+                check_space(folder, needed + 3 * states)
+            journal = Journal(pieces, [(each.mix, each.store) for each in outputs], source, plan, result, clock, begun)
+            begun = journal.begun
+            if journal.done or pieces.damaged:
+                yield Resumed(journal.done, pieces.damaged)
+        if tokens is None:
+            rounded = round_to_nearest(model, plan, outputs, clock, journal)
         else:
-            if tokens is None:
-                yield Stage("calibration text")
-                tokens = _draw(recipe, original, device, result, clock, on_progress)
-            rounded = calibrate(model, plan, outputs, tokens, recipe, clock)
+            rounded = calibrate(model, plan, outputs, tokens, recipe, clock, journal=journal)
 
         yield Stage("layers", sum(len(each.mix.quantized) for each in outputs))
-        finished: set[tuple[str, str]] = set()
+        finished = {(layer.artifact, layer.tensor) for layer in result.layers}
+        yield Step(len(finished))
         for layer in rounded:
             result.layers.append(layer)
             finished.add((layer.artifact, layer.tensor))
@@ -226,7 +293,8 @@ def run(
                 )  # fmt: skip
                 result.artifacts.append(written)
                 result.notes += [note for note in notes if note not in result.notes]
-            each.store.discard()
+            if journal is None:
+                each.store.discard()
             yield Step(done)
         for path in results:
             if path.is_dir():
@@ -234,7 +302,7 @@ def run(
             (folder / path.name).replace(path)
         clock.lap("write")
         result.seconds = {**clock.seconds, "total": time.perf_counter() - begun}
-        result.peak_memory_bytes = peak_memory()
+        result.peak_memory_bytes = max(peak_memory(), journal.peak if journal else 0)
         result.write(report_path)
 
         if held and text and "gguf" in recipe.artifacts:
@@ -266,6 +334,55 @@ def run(
                 result.seconds = {**clock.seconds, "total": time.perf_counter() - begun}
                 result.write(report_path)
     yield Finished(result, output)
+
+
+@contextmanager
+def _pieces(
+    output: Path,
+    results: list[Path],
+    force: bool,
+    resume: bool,
+    recipe: Recipe,
+    checkpoint: Checkpoint,
+    device: torch.device,
+    versions: dict[str, str],
+) -> Iterator[Pieces]:
+    """Where the run makes what it needs on its way: for itself, or so that it can be resumed."""
+    if resume:
+        with resumable(output, results, force, identity(recipe, checkpoint, device, versions)) as state:
+            yield state
+    else:
+        with workspace(output, results, force) as folder:
+            yield Pieces(folder)
+
+
+def _float_file(name: str, checkpoint: Checkpoint, llamacpp: LlamaCpp, pieces: Pieces) -> Path:
+    """The float GGUF of a checkpoint, the piece `name` unless the user gave it."""
+    if checkpoint.float_gguf is not None:
+        return checkpoint.float_gguf
+    place, facts = pieces.made(name, lambda folder: {"file": float_file(checkpoint, llamacpp, folder).name})
+    return place / str(facts["file"])
+
+
+def _fold(
+    recipe: Recipe,
+    original: Checkpoint,
+    tokens: torch.Tensor,
+    pieces: Pieces,
+    on_progress: Callable[[int, int], None] | None,
+) -> tuple[Checkpoint, list[str], list[str]]:
+    """`fold` as a piece of the run: the checkpoint, the transforms that fit it, notes."""
+
+    def make(folder: Path) -> dict[str, Any]:
+        folded = fold(recipe, original, tokens, folder, on_progress=on_progress)
+        where = str(folded.checkpoint.folder.relative_to(folder)) if folded.transforms else None
+        return {"folder": where, "transforms": folded.transforms, "notes": folded.notes}
+
+    place, facts = pieces.made("transforms", make)
+    if facts["folder"] is None:
+        return original, facts["transforms"], facts["notes"]
+    checkpoint = replace(open_checkpoint(str(place / facts["folder"])), name=original.name, source=original.source)
+    return checkpoint, facts["transforms"], facts["notes"]
 
 
 @dataclass(frozen=True)
@@ -321,21 +438,28 @@ def _draw(
     device: torch.device,
     result: RunReport,
     clock: Clock,
+    pieces: Pieces,
     on_progress: Callable[[int, int], None] | None,
 ) -> torch.Tensor:
     """The calibration tokens on `device`: int64 [samples, sequence_length]; `result` says where they came from."""
-    drawn = corpus.calibration_tokens(
-        recipe.calibration,
-        checkpoint,
-        samples=recipe.samples,
-        length=recipe.sequence_length,
-        seed=recipe.seed,
-        device=device,
-        on_progress=on_progress,
-    )
+
+    def make(folder: Path) -> dict[str, Any]:
+        drawn = corpus.calibration_tokens(
+            recipe.calibration,
+            checkpoint,
+            samples=recipe.samples,
+            length=recipe.sequence_length,
+            seed=recipe.seed,
+            device=device,
+            on_progress=on_progress,
+        )
+        drawn.tokens.numpy().tofile(folder / "tokens")
+        return {"text": drawn.description, "tokens": drawn.tokens.numel(), "sha256": drawn.sha256}
+
+    place, result.calibration = pieces.made("tokens", make)
     clock.lap("calibration")
-    result.calibration = {"text": drawn.description, "tokens": drawn.tokens.numel(), "sha256": drawn.sha256}
-    return drawn.tokens.to(device)
+    ids = torch.from_file(str(place / "tokens"), size=result.calibration["tokens"], dtype=torch.int64)
+    return ids.clone().view(recipe.samples, recipe.sequence_length).to(device)
 
 
 @dataclass(frozen=True)

@@ -192,6 +192,10 @@ class Plan:
         """Drop the targets found so far; a block's are of no use once it is written."""
         self._targets.clear()
 
+    def leave(self, unclaimed: list[str]) -> None:
+        """Only these tensors are left to be claimed: an earlier process has rounded the others."""
+        self._index.leave(unclaimed)
+
     def tensor(self, target: Target) -> StoredTensor:
         return self._file.tensors[target.tensor]
 

@@ -45,6 +45,16 @@ class Sink(Protocol):
     def store(self) -> Store: ...
 
 
+class Journal(Protocol):
+    """Keeps each step of a walk once it is finished: the embedding, a block, the head. `done` of them were before."""
+
+    done: int
+
+    def restore(self, batches: Sequence[MicroBatch]) -> None: ...
+
+    def save(self, batches: Sequence[MicroBatch]) -> None: ...
+
+
 def calibrate(
     model: LazyModel,
     plan: Destinations,
@@ -53,8 +63,13 @@ def calibrate(
     recipe: Recipe,
     clock: Clock,
     passengers: Passengers | None = None,
+    journal: Journal | None = None,
 ) -> Iterator[LayerReport]:
-    """Embedding, every block, head: all streams side by side; yields each tensor as it is rounded."""
+    """Embedding, every block, head: all streams side by side; yields each tensor as it is rounded, and goes on behind
+    what `journal` has."""
+    done = journal.done if journal else 0
+    if done == _steps(model):
+        return
     rounder = blind if recipe.method == "rtn" else ROUNDERS[recipe.method]
     settings = Settings(
         recipe.damping, recipe.shrinkage, recipe.order, recipe.magr, recipe.seed if recipe.stochastic else None,
@@ -64,7 +79,8 @@ def calibrate(
     runtime = _runtime(model, plan, outputs, recipe)
 
     clock.lap(None)
-    _claim_embedding(model, plan)
+    if not done:
+        _claim_embedding(model, plan)
     apart = held_out(len(tokens), recipe.holds_out_one_in)
     batches = calibration.enter(decoder, tokens[~apart], recipe.micro_batch)
     if bool(apart.any()):
@@ -73,7 +89,9 @@ def calibrate(
     if passengers:
         passengers.batches = calibration.enter(decoder, passengers.tokens, recipe.micro_batch, counted=False)
         batches = [*batches, *passengers.batches]
-    for each in outputs:
+    if journal and done:
+        journal.restore(batches)
+    for each in outputs if not done else ():
         clock.lap("forward")
         embedding = _embedding_group(model)
         yield from round_group(embedding, plan, each.mix, ROUNDERS["rtn"], settings, each.store)
@@ -85,8 +103,11 @@ def calibrate(
         del embedding, stored
     give_back()
     clock.lap("forward")
+    if journal and not done:
+        journal.save(batches)
+        clock.lap("write")
 
-    for index, name in enumerate(model.block_names):
+    for index, name in list(enumerate(model.block_names))[max(0, done - 1) :]:
         clock.lap(None)
         module = model.load_block(index)
         plan.forget()
@@ -110,6 +131,10 @@ def calibrate(
         del heads
         model.release_block(index)
         give_back()
+        if journal:
+            clock.lap("forward")
+            journal.save(batches)
+            clock.lap("write")
 
     if model.head is not None and not model.tied:
         weight = _claim_head(model, plan)
@@ -123,6 +148,9 @@ def calibrate(
                     passengers.heads.append(head.matrices[0].quantized)
             elif passengers:
                 passengers.heads.append(weight)
+        if journal:
+            journal.save([])
+            clock.lap("write")
 
 
 def held_out(sequences: int, one_in: int) -> torch.Tensor:
@@ -173,10 +201,16 @@ def _key_order(targets: Sequence[gguf.Target], cache: KVCache) -> torch.Tensor |
     return heads[0] if len(heads) else None
 
 
+def _steps(model: LazyModel) -> int:
+    """Of a walk through `model`."""
+    return 1 + len(model.blocks) + (model.head is not None and not model.tied)
+
+
 def round_to_nearest(
-    model: LazyModel, plan: Destinations, outputs: Sequence[Sink], clock: Clock
+    model: LazyModel, plan: Destinations, outputs: Sequence[Sink], clock: Clock, journal: Journal | None = None
 ) -> Iterator[LayerReport]:
-    """Every tensor on its own, without calibration."""
+    """Every tensor on its own, without calibration; goes on behind what `journal` has."""
+    done = journal.done if journal else 0
     rtn, settings = ROUNDERS["rtn"], Settings(0.0, 0.0, "natural")
 
     def rounded(weights: Mapping[str, torch.Tensor]) -> Iterator[LayerReport]:
@@ -185,11 +219,15 @@ def round_to_nearest(
                 group = Group([Matrix(name, weight, torch.empty_like(weight))], LayerStats(0))
                 yield from round_group(group, plan, each.mix, rtn, settings, each.store)
         clock.lap("rounding")
+        if journal:
+            journal.save([])
+            clock.lap("write")
 
     clock.lap(None)
-    _claim_embedding(model, plan)
-    yield from rounded({"embedding": model.embedding.weight.detach()})
-    for index, name in enumerate(model.block_names):
+    if not done:
+        _claim_embedding(model, plan)
+        yield from rounded({"embedding": model.embedding.weight.detach()})
+    for index, name in list(enumerate(model.block_names))[max(0, done - 1) :]:
         weights = calibration.block_matrices(model.load_block(index), name)
         plan.forget()
         plan.claim(weights)
@@ -197,7 +235,7 @@ def round_to_nearest(
         yield from rounded(weights)
         model.release_block(index)
         give_back()
-    if model.head is not None and not model.tied:
+    if model.head is not None and not model.tied and done < _steps(model):
         yield from rounded({"head": _claim_head(model, plan)})
 
 

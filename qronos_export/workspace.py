@@ -12,28 +12,54 @@ from qronos_export.checkpoint import Checkpoint
 from qronos_export.errors import OutputError
 from qronos_export.recipe import Recipe
 
+SCRATCH = ".qronos-export-"
+"""What names of folders that hold no results begin with."""
+
 
 @contextmanager
 def workspace(output: Path, results: list[Path], force: bool) -> Iterator[Path]:
     """A scratch folder inside `output`, gone afterwards. Raises OutputError where results exist already."""
+    check_free(results, force)
+    with existing(output), scratch(output) as folder:
+        yield folder
+
+
+def check_free(results: list[Path], force: bool) -> None:
+    """Raises OutputError where results exist already."""
     occupied = [path for path in results if path.exists()]
     if occupied and not force:
         raise OutputError(f"{occupied[0]} exists already; choose another --output, or --force to replace it.")
+
+
+@contextmanager
+def existing(output: Path) -> Iterator[None]:
+    """`output` is a folder meanwhile; folders made for it are gone afterwards unless something is in them."""
     made = [path for path in (output, *output.parents) if not path.exists()]
     try:
         output.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(prefix=".qronos-export-", dir=output))
+    except OSError as error:
+        raise OutputError(f"Cannot write to {output}: {error.strerror}.") from error
+    try:
+        yield
+    finally:
+        for path in made:
+            if path.is_dir() and not any(path.iterdir()):
+                path.rmdir()
+
+
+@contextmanager
+def scratch(output: Path, advice: str = "") -> Iterator[Path]:
+    """A new folder inside `output`, gone afterwards. Raises OutputError, ending in `advice`, where writing fails."""
+    try:
+        folder = Path(tempfile.mkdtemp(prefix=SCRATCH, dir=output))
     except OSError as error:
         raise OutputError(f"Cannot write to {output}: {error.strerror}.") from error
     try:
         yield folder
     except OSError as error:
-        raise OutputError(f"Writing to {output} failed: {error}.") from error
+        raise OutputError(f"Writing to {output} failed: {error}.{advice}") from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-        for path in made:
-            if path.is_dir() and not any(path.iterdir()):
-                path.rmdir()
 
 
 def check_space(folder: Path, needed: int) -> None:

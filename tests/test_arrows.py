@@ -31,14 +31,16 @@ OUTSIDE = {  # third-party packages, and the only places that may import them
 LEAVES = {"errors", "cache", "device", "memory", "statistics", "process"}  # for anyone; they import one another only
 INSIDE = {  # a module of qronos_export, and what else of qronos_export it may import
     "cli": {
-        "conversion", "evaluation", "pipeline", "recipe", "report", "llamacpp", "llamacpp_build", "proof", "validation",
-        "",
+        "conversion", "evaluation", "pipeline", "recipe", "report", "resume", "llamacpp", "llamacpp_build", "proof",
+        "validation", "",
     },
     "__main__": {"cli"},
     "pipeline": {
         "activations", "artifact", "attention", "checkpoint", "calibration", "corpus", "llamacpp", "onnx_export",
-        "onnx_validation", "plan", "proof", "recipe", "report", "streams", "transformed", "validation", "workspace",
+        "onnx_validation", "plan", "proof", "recipe", "report", "resume", "streams", "transformed", "validation",
+        "workspace",
     },
+    "resume": {"artifact", "calibration", "checkpoint", "plan", "recipe", "report", "workspace"},
     "conversion": {"artifact", "checkpoint", "onnx_export", "pipeline", "recipe", "report", "workspace"},
     "onnx_export": {"artifact", "checkpoint", "onnx_validation", "recipe", "report"},
     "onnx_validation": {"artifact", "calibration", "checkpoint", "corpus", "validation"},

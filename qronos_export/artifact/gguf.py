@@ -195,6 +195,10 @@ class RowIndex:
         """Tensors that no weight has claimed so far, in file order."""
         return list(self._hashes)
 
+    def leave(self, names: list[str]) -> None:
+        """Only `names` are left to be matched."""
+        self._hashes = {name: self._hashes[name] for name in names}
+
     def match(self, weights: Mapping[str, Tensor]) -> list[Target]:
         """Claim every tensor all of whose rows are rows of `weights` (name -> float32 [rows, columns]).
 
@@ -251,7 +255,7 @@ class BlockStore:
     """Finished blocks on disk, one file a tensor, with a hash of every row's values as the quantized stream used it."""
 
     def __init__(self, folder: Path) -> None:
-        self._folder = folder
+        self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
         self.formats: dict[str, BlockFormat] = {}
         self._scales: dict[str, Tensor] = {}
@@ -273,8 +277,8 @@ class BlockStore:
         self._set_scales(name, tensor.expert(file_rows), scales.cpu())
         shape = tensor.rows, fmt.row_bytes(tensor.columns)
         if fresh:
-            _reserve(self._path(name), shape[0] * shape[1])
-        data = np.memmap(self._path(name), dtype=np.uint8, mode="r+", shape=shape)
+            _reserve(self.path(name), shape[0] * shape[1])
+        data = np.memmap(self.path(name), dtype=np.uint8, mode="r+", shape=shape)
         data[file_rows.numpy()] = blocks.cpu().numpy()
         data.flush()
         self._calibrated[name][file_rows] = row_hashes(values).cpu()
@@ -282,13 +286,28 @@ class BlockStore:
 
     def blocks(self, name: str) -> np.ndarray:
         """The bytes of a finished tensor: uint8 [rows, row_bytes]."""
+        return np.fromfile(self.finished(name), dtype=np.uint8).reshape(len(self._calibrated[name]), -1)
+
+    def finished(self, name: str) -> Path:
+        """The file with all blocks of a tensor. Raises ArtifactError where some are missing."""
         if self._missing[name]:
             raise ArtifactError(f"{self._missing[name]} rows of {name} were never rounded.")
-        return np.fromfile(self._path(name), dtype=np.uint8).reshape(len(self._calibrated[name]), -1)
+        return self.path(name)
+
+    def take(self, tensor: StoredTensor, fmt: BlockFormat, scales: Tensor, calibrated: Tensor) -> None:
+        """A tensor whose file an earlier process finished, with what `scale` and `calibrated` said there."""
+        self.formats[tensor.name] = fmt
+        self._scales[tensor.name] = scales
+        self._calibrated[tensor.name] = calibrated
+        self._missing[tensor.name] = 0
 
     def calibrated(self, name: str) -> Tensor:
         """Hash of each row's values in the calibrated model, in file order: int64 [rows]."""
         return self._calibrated[name]
+
+    def scale(self, name: str) -> Tensor:
+        """What the blocks' values are multiplied by in the calibrated model: float32 [experts]."""
+        return self._scales[name]
 
     def _set_scales(self, name: str, expert: Tensor, scales: Tensor) -> None:
         known = self._scales[name][expert]
@@ -307,10 +326,10 @@ class BlockStore:
 
     def discard(self) -> None:
         """Delete the blocks; the artifact holds them now."""
-        shutil.rmtree(self._folder)
+        shutil.rmtree(self.folder)
 
-    def _path(self, name: str) -> Path:
-        return self._folder / f"{hashlib.sha256(name.encode()).hexdigest()[:24]}.blocks"
+    def path(self, name: str) -> Path:
+        return self.folder / f"{hashlib.sha256(name.encode()).hexdigest()[:24]}.blocks"
 
 
 def _reserve(path: Path, size: int) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import cast
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -174,7 +174,7 @@ def load_whole(
 def read_finite(checkpoint: Checkpoint, keys: Iterable[str]) -> dict[str, Tensor]:
     """Copies of the stored tensors; the files are closed again, so no page of them stays mapped.
 
-    Raises CheckpointError naming the first tensor that holds NaN or infinity.
+    Raises CheckpointError naming the first tensor that holds NaN or infinity, or a file that is gone.
     """
     tensors = {}
 
@@ -182,12 +182,17 @@ def read_finite(checkpoint: Checkpoint, keys: Iterable[str]) -> dict[str, Tensor
         return checkpoint.tensors[key].file
 
     for file, group in groupby(sorted(keys, key=file_of), file_of):
-        with safe_open(file, framework="pt") as shard:
-            for key in group:
-                tensor = shard.get_tensor(key).clone()
-                if tensor.is_floating_point() and tensor.numel() and not _finite(tensor):
-                    raise CheckpointError(f"{key} in {file} holds NaN or infinity; the checkpoint is damaged.")
-                tensors[key] = tensor
+        try:
+            with safe_open(file, framework="pt") as shard:
+                for key in group:
+                    tensor = shard.get_tensor(key).clone()
+                    if tensor.is_floating_point() and tensor.numel() and not _finite(tensor):
+                        raise CheckpointError(f"{key} in {file} holds NaN or infinity; the checkpoint is damaged.")
+                    tensors[key] = tensor
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(
+                f"{file} was there when the run began and cannot be read any more ({error}). Put it back."
+            ) from error
     return tensors
 
 

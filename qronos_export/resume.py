@@ -1,0 +1,390 @@
+"""What a run has finished, kept so that it can be killed at any moment and go on later, to the same bytes.
+
+A folder in the output holds it while the run is not over:
+
+    manifest.json              what decides the bytes: recipe, contents of model and text, versions, device, threads
+    NAME/  NAME.json           a finished piece: float file, calibration tokens, transformed checkpoint
+    blocks/FORMAT/*.blocks     finished tensors
+    step-00007.json .hashes    after so many steps: layers and tensors since the step before; hashes of their rows
+    step-00007.hidden          hidden states of all streams, bit for bit; of the last two steps only
+    .qronos-export-*           scratch of a run, of no use to another
+
+A step is the embedding, a decoder block or the head. Files are on the disk (fsync) with their checksums in a .json that
+then appears there by renaming; a .json has one of itself. Nothing here draws from a generator that outlives a group of
+layers: seeds are in the recipe, so there is no state of one to keep.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor
+
+from qronos_export.artifact.gguf import BlockStore, GGUFFile
+from qronos_export.calibration import Clock, MicroBatch
+from qronos_export.checkpoint import Checkpoint
+from qronos_export.errors import CalibrationError, OutputError, PlanError, TransformError, UsageError
+from qronos_export.memory import peak_memory
+from qronos_export.plan import Mix, Plan
+from qronos_export.recipe import Recipe
+from qronos_export.report import LayerReport, RunReport, sha256
+from qronos_export.workspace import SCRATCH, check_free, existing, scratch
+
+FOLDER = f"{SCRATCH}resume"
+SCHEMA = 1
+_MANIFEST = "manifest.json"
+_KEPT = 2  # steps whose hidden states are there
+_MENDED_BY_ANOTHER = (UsageError, PlanError, TransformError, CalibrationError)
+"""Errors that another recipe or text mends, which what was finished would not fit."""
+_DESCRIBES = {".json", ".model", ".jinja", ".txt", ".md", ".py"}  # files beside weights that may show in the result
+
+
+@contextmanager
+def resumable(output: Path, results: list[Path], force: bool, wanted: Mapping[str, str]) -> Iterator[State]:
+    """The state of a run of identity `wanted`, new or as a run before left it; gone once all went well.
+
+    Raises OutputError where the state is another run's or is in use (`force` begins anew then), or where results exist
+    that cannot be of this run.
+    """
+    root = output / FOLDER
+    continued = (root / _MANIFEST).exists()
+    if not continued:
+        check_free(results, force)
+    with existing(output):
+        try:
+            root.mkdir(exist_ok=True)
+        except OSError as error:
+            raise OutputError(f"Cannot write to {output}: {error.strerror}.") from error
+        with _alone(root):
+            if continued and (why := _misfit(root, wanted)):
+                if not force:
+                    raise OutputError(
+                        f"{root} cannot be continued: {why}. Run it as it was begun, or begin anew: delete that folder "
+                        "or give --force."
+                    )
+                continued = False
+            for left in root.iterdir() if not continued else root.glob(f"{SCRATCH}*"):
+                shutil.rmtree(left) if left.is_dir() else left.unlink()
+            try:
+                with scratch(root, " Make room there and run it again with --resume.") as folder:
+                    if not continued:
+                        _write(root / _MANIFEST, dict(wanted))
+                    yield State(root, folder)
+            except BaseException as error:
+                mends = isinstance(error, _MENDED_BY_ANOTHER) and not any(root.glob("step-*.json"))
+                if not continued and (mends or len(list(root.glob("*.json"))) < 2):
+                    shutil.rmtree(root)
+                raise
+            for path in results:
+                _sync_all(path)
+            _sync(output)
+            (root / _MANIFEST).unlink()
+            shutil.rmtree(root)
+
+
+@contextmanager
+def _alone(root: Path) -> Iterator[None]:
+    """Holds the folder's lock, which ends with the process whatever ends that."""
+    handle = os.open(root, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise OutputError(f"Another run works in {root}; wait for it, or choose another --output.") from error
+        yield
+    finally:
+        os.close(handle)
+
+
+def _misfit(root: Path, wanted: Mapping[str, str]) -> str:
+    """Why a run of identity `wanted` cannot go on here; empty where it can."""
+    known = _read(root / _MANIFEST)
+    if known is None:
+        return f"{_MANIFEST} is damaged"
+    names = [name for name in {**known, **wanted} if known.get(name) != wanted.get(name)]
+    return "; ".join(f"{name} was {known.get(name, 'absent')}, is {wanted.get(name, 'absent')}" for name in names)
+
+
+def identity(
+    recipe: Recipe, checkpoint: Checkpoint, device: torch.device, versions: Mapping[str, str]
+) -> dict[str, str]:
+    """All that decides a run's bytes, name -> text; files by what they hold, wherever they lie. Reads the model."""
+    settings = recipe.to_json()
+    for place in ("model", "calibration", "match_lengths", "device"):
+        settings.pop(place)
+    text = Path(recipe.calibration).expanduser()
+    model = {tensor.file for tensor in checkpoint.tensors.values()}
+    model |= {file for file in checkpoint.folder.iterdir() if file.suffix in _DESCRIBES and file.name != "report.json"}
+    if checkpoint.float_gguf is not None:
+        model = {checkpoint.float_gguf}
+    return {
+        "schema": str(SCHEMA),
+        "model": checkpoint.name,
+        **{f"model/{file.name}": sha256(file) for file in sorted(model) if file.is_file()},
+        "calibration text": sha256(text) if text.is_file() else recipe.calibration,
+        **{f"recipe.{name}": json.dumps(value, ensure_ascii=False) for name, value in settings.items()},
+        **{f"version of {name}": version for name, version in versions.items()},
+        "code": _code(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
+        "threads": str(torch.get_num_threads()),
+    }
+
+
+def _processor() -> str:
+    """What of a CPU decides how torch adds up."""
+    return f"{os.uname().machine} {torch.backends.cpu.get_cpu_capability()}"
+
+
+def _code() -> str:
+    """Of this package's own sources, which may change without its version."""
+    digest = hashlib.sha256()
+    root = Path(__file__).parents[1]
+    for folder in ("formats", "qronos_export"):
+        for file in sorted((root / folder).rglob("*.*")):
+            if file.suffix in (".py", ".cpp"):
+                digest.update(file.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+class Pieces:
+    """Files that a run makes on its way, in a `folder` that is gone afterwards."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def taken(self, *patterns: str) -> int:
+        """Bytes on the disk, by earlier processes, of what `patterns` name here."""
+        return 0
+
+    def made(self, name: str, make: Callable[[Path], dict[str, Any]]) -> tuple[Path, dict[str, Any]]:
+        """A folder as `make` fills it, and what it returns: plain data."""
+        place = self.folder / name
+        place.mkdir()
+        return place, make(place)
+
+    def store(self, format: str) -> BlockStore:
+        return BlockStore(self.folder / "blocks" / format)
+
+
+class State(Pieces):
+    """The same in a folder `root` that outlives the process. `damaged` names what had to be made again."""
+
+    def __init__(self, root: Path, folder: Path) -> None:
+        super().__init__(folder)
+        self.root = root
+        self.damaged: list[str] = []
+
+    def made(self, name: str, make: Callable[[Path], dict[str, Any]]) -> tuple[Path, dict[str, Any]]:
+        """As it was made before, where it is whole; steps that rest on another content are dropped."""
+        place, path = self.root / name, self.root / f"{name}.json"
+        record = _read(path)
+        if record and all(_whole(place / file, digest) for file, digest in record["files"].items()):
+            return place, record["facts"]
+        if path.exists():
+            self.damaged.append(name)
+        shutil.rmtree(place, ignore_errors=True)
+        fresh, facts = super().made(name, make)
+        files = {str(file.relative_to(fresh)): sha256(file) for file in sorted(fresh.rglob("*")) if file.is_file()}
+        if record is None or record["files"] != files:
+            for step in self.root.glob("step-*"):
+                step.unlink()
+        _sync_all(fresh)
+        fresh.rename(place)
+        _write(path, {"files": files, "facts": facts})
+        return place, facts
+
+    def store(self, format: str) -> BlockStore:
+        return BlockStore(self.root / "blocks" / format)
+
+    def taken(self, *patterns: str) -> int:
+        found = [file for pattern in patterns for top in self.root.glob(pattern) for file in (top, *top.rglob("*"))]
+        return sum(file.stat().st_size for file in found if file.is_file())
+
+
+class Journal:
+    """The steps of a run. What was finished before is given to the stores, the plan, the report and the clock.
+
+    done:  steps finished.
+    begun: when this run would have, had it done all of them, on perf_counter's clock.
+    peak:  largest memory of the processes so far, in bytes.
+    """
+
+    def __init__(
+        self,
+        state: State,
+        outputs: Sequence[tuple[Mix, BlockStore]],
+        source: GGUFFile,
+        plan: Plan,
+        result: RunReport,
+        clock: Clock,
+        begun: float,
+    ) -> None:
+        self._state, self._outputs, self._source = state, outputs, source
+        self._plan, self._result, self._clock = plan, result, clock
+        self._saved: set[tuple[str, str]] = set()
+        self.begun, self.peak = begun, 0
+        records = self._whole_steps()
+        self.done = len(records)
+        for step, record in enumerate(records, start=1):
+            self._take(step, record)
+        if records:
+            plan.leave(records[-1]["unclaimed"])
+            for phase, seconds in records[-1]["clock"].items():
+                clock.seconds[phase] += seconds
+            self.begun -= records[-1]["seconds"]
+            self.peak = records[-1]["peak"]
+        for path in state.root.glob("step-*"):
+            if int(path.stem.removeprefix("step-")) > self.done:
+                path.unlink()
+
+    def restore(self, batches: Sequence[MicroBatch]) -> None:
+        """Give `batches`, as they enter the model, the hidden states after the last finished step."""
+        with self._path(self.done, "hidden").open("rb") as file:
+            for batch in batches:
+                batch.x, *batch.x_hat = [_read_raw(file, batch.x) for _ in range(1 + len(self._outputs))]
+
+    def save(self, batches: Sequence[MicroBatch]) -> None:
+        """One more step is finished, and `batches` are where it left them; none where no step needs them."""
+        step = self.done + 1
+        blocks: dict[str, dict[str, Any]] = {}
+        hashes: list[Tensor] = []
+        for mix, store in self._outputs:
+            blocks[mix.name] = {}
+            for name in [name for name in store.formats if (mix.name, name) not in self._saved]:
+                path = store.finished(name)
+                _sync(path)
+                blocks[mix.name][name] = {"sha256": sha256(path), "scales": store.scale(name).tolist()}
+                hashes.append(store.calibrated(name))
+        new = {(format, name) for format, names in blocks.items() for name in names}
+        states = [x for batch in batches for x in (batch.x, *batch.x_hat)]
+        record = {
+            "blocks": blocks,
+            "hashes": _write_raw(self._path(step, "hashes"), hashes),
+            "hidden": _write_raw(self._path(step, "hidden"), states) if states else None,
+            "layers": [asdict(layer) for layer in self._result.layers if (layer.artifact, layer.tensor) in new],
+            "unclaimed": self._plan.unclaimed,
+            "clock": self._clock.seconds,
+            "seconds": time.perf_counter() - self.begun,
+            "peak": max(self.peak, peak_memory()),
+        }
+        for _, store in self._outputs:
+            _sync(store.folder)
+        _write(self._path(step, "json"), record)
+        self._saved |= new
+        self.done = step
+        self._path(step - _KEPT, "hidden").unlink(missing_ok=True)
+
+    def _path(self, step: int, kind: str) -> Path:
+        return self._state.root / f"step-{step:05}.{kind}"
+
+    def _whole_steps(self) -> list[dict[str, Any]]:
+        """Records up to the last step from which a run can go on."""
+        records: list[dict[str, Any]] = []
+        while (path := self._path(len(records) + 1, "json")).exists():
+            record = _read(path)
+            if record is None or not self._intact(len(records) + 1, record):
+                self._state.damaged.append(path.stem)
+                break
+            records.append(record)
+        while records and (wanted := records[-1]["hidden"]) is not None:
+            if _whole(path := self._path(len(records), "hidden"), wanted):
+                break
+            if path.stem not in self._state.damaged and path.exists():
+                self._state.damaged.append(path.stem)
+            records.pop()
+        return records
+
+    def _intact(self, step: int, record: dict[str, Any]) -> bool:
+        return _whole(self._path(step, "hashes"), record["hashes"]) and all(
+            _whole(store.path(name), tensor["sha256"])
+            for mix, store in self._outputs
+            for name, tensor in record["blocks"][mix.name].items()
+        )
+
+    def _take(self, step: int, record: dict[str, Any]) -> None:
+        with self._path(step, "hashes").open("rb") as file:
+            for mix, store in self._outputs:
+                for name, known in record["blocks"][mix.name].items():
+                    tensor = self._source.tensors[name]
+                    fmt = mix.format(name, tensor.columns)
+                    assert fmt is not None
+                    calibrated = _read_raw(file, torch.empty(tensor.rows, dtype=torch.int64))
+                    store.take(tensor, fmt, torch.tensor(known["scales"], dtype=torch.float32), calibrated)
+                    self._saved.add((mix.name, name))
+        self._result.layers += [LayerReport(**layer) for layer in record["layers"]]
+
+
+def _write(path: Path, body: dict[str, Any]) -> None:
+    """A record and its checksum; on the disk when this returns, and there as a whole or not at all."""
+    text = json.dumps(body, ensure_ascii=False)
+    partial = path.with_suffix(".partial")
+    with partial.open("w", encoding="utf-8") as file:
+        json.dump({"sha256": hashlib.sha256(text.encode()).hexdigest(), "body": text}, file)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+    _sync(path.parent)
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    """A record; None where it is absent or damaged."""
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        if hashlib.sha256(record["body"].encode()).hexdigest() != record["sha256"]:
+            return None
+        body: dict[str, Any] = json.loads(record["body"])
+    except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+    return body
+
+
+def _write_raw(path: Path, tensors: Sequence[Tensor]) -> str:
+    """The numbers of `tensors`, one after another; on the disk when this returns. Returns their sha256."""
+    digest = hashlib.sha256()
+    partial = path.with_suffix(".partial")
+    with partial.open("wb") as file:
+        for tensor in tensors:
+            data = tensor.contiguous().cpu().view(torch.uint8).numpy().data
+            digest.update(data)
+            file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+    return digest.hexdigest()
+
+
+def _read_raw(file: BinaryIO, like: Tensor) -> Tensor:
+    """The next numbers of a file of `_write_raw`, a tensor as `like` is one."""
+    tensor = torch.empty(like.shape, dtype=like.dtype)
+    if file.readinto(tensor.view(torch.uint8).numpy()) != tensor.nbytes:  # type: ignore[attr-defined]
+        raise OutputError(f"{file.name} is shorter than the hidden states of this run; delete its folder.")
+    return tensor.to(like.device)
+
+
+def _whole(path: Path, wanted: str) -> bool:
+    return path.is_file() and sha256(path) == wanted
+
+
+def _sync(path: Path) -> None:
+    """Have the system write a file, or which files a folder has, to the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _sync_all(path: Path) -> None:
+    for part in (*path.rglob("*"), path):
+        _sync(part)
