@@ -24,6 +24,8 @@ from qronos_export.recipe import RECIPE_FIELDS, Recipe, load_recipe, plain_value
 if TYPE_CHECKING:
     from rich.progress import Progress
 
+    from qronos_export.proof import Held
+    from qronos_export.ranks import Ranks
     from qronos_export.report import RunReport
 
 app = typer.Typer(
@@ -175,20 +177,36 @@ def quantize(
         given["overrides"] = dict(_override(each) for each in override)
     wanted = load_recipe(recipe, **given) if recipe else recipe_from(given, "The command line")
 
-    from qronos_export.llamacpp import find
-    from qronos_export.pipeline import Finished, Stage, Step, run
+    from qronos_export.pipeline import follow
     from qronos_export.proof import Held
+    from qronos_export.ranks import joined
 
     held = Held(text, context, chunks, _cache(cache_type_k, cache_type_v))
+    with joined() as ranks:
+        if not ranks.first:
+            follow(ranks)
+            return
+        result, folder = _watched(wanted, output, held if validate else None, llamacpp, force, ranks)
+    _summary(result, folder)
+
+
+def _watched(
+    recipe: Recipe, output: Path, held: Held | None, llamacpp: Path | None, force: bool, ranks: Ranks
+) -> tuple[RunReport, Path]:
+    """A run with its bar."""
+    from qronos_export.llamacpp import find
+    from qronos_export.pipeline import Finished, Stage, Step, run
+
     with _progress() as progress:
         task = progress.add_task("start", total=None, detail="")
 
         def on_progress(done: int, total: int) -> None:
             progress.update(task, completed=done, total=total)
 
-        tools = find(llamacpp)
-        checked = held if validate else None
-        for event in run(wanted, output, llamacpp=tools, held=checked, force=force, on_progress=on_progress):
+        events = run(
+            recipe, output, llamacpp=find(llamacpp), held=held, force=force, on_progress=on_progress, ranks=ranks
+        )
+        for event in events:
             if isinstance(event, Stage):
                 progress.reset(task, total=event.steps, description=event.name, detail="")
             elif isinstance(event, Step):
@@ -198,7 +216,7 @@ def quantize(
             elif isinstance(event, Finished):
                 progress.remove_task(task)
                 result, folder = event.report, event.folder
-    _summary(result, folder)
+    return result, folder
 
 
 def _override(given: str) -> tuple[str, str]:

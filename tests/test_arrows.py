@@ -31,13 +31,14 @@ OUTSIDE = {  # third-party packages, and the only places that may import them
 LEAVES = {"errors", "cache", "device", "memory", "statistics", "process"}  # for anyone; they import one another only
 INSIDE = {  # a module of qronos_export, and what else of qronos_export it may import
     "cli": {
-        "conversion", "evaluation", "pipeline", "recipe", "report", "llamacpp", "llamacpp_build", "proof", "validation",
-        "",
+        "conversion", "evaluation", "pipeline", "recipe", "report", "llamacpp", "llamacpp_build", "proof", "ranks",
+        "validation", "",
     },
     "__main__": {"cli"},
     "pipeline": {
         "activations", "artifact", "attention", "checkpoint", "calibration", "corpus", "llamacpp", "onnx_export",
-        "onnx_validation", "plan", "proof", "recipe", "report", "streams", "transformed", "validation", "workspace",
+        "onnx_validation", "plan", "proof", "ranks", "recipe", "report", "streams", "transformed", "validation",
+        "workspace",
     },
     "conversion": {"artifact", "checkpoint", "onnx_export", "pipeline", "recipe", "report", "workspace"},
     "onnx_export": {"artifact", "checkpoint", "onnx_validation", "recipe", "report"},
@@ -47,14 +48,15 @@ INSIDE = {  # a module of qronos_export, and what else of qronos_export it may i
         "plan", "proof", "recipe", "streams", "suspended", "tasks", "transformed", "workspace",
     },
     "streams": {
-        "activations", "artifact", "attention", "calibration", "checkpoint", "kv_cache", "layers", "plan", "recipe",
-        "report", "rounding",
+        "activations", "artifact", "attention", "calibration", "checkpoint", "kv_cache", "layers", "plan", "ranks",
+        "recipe", "report", "rounding",
     },
     "proof": {"checkpoint", "corpus", "llamacpp", "onnx_validation", "validation"},
     "workspace": {"checkpoint", "recipe"},
-    "layers": {"artifact", "attention", "calibration", "plan", "report", "rounding"},
+    "layers": {"artifact", "attention", "calibration", "plan", "ranks", "report", "rounding"},
     "plan": {"artifact", "recipe"},
-    "calibration": {"suspended"},
+    "calibration": {"ranks", "suspended"},
+    "ranks": set(),
     "transforms": {"activations", "rounding", "suspended"},
     "activations": set(),
     "attention": {"rounding"},
