@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from qronos_export.errors import CheckpointError
 from qronos_export.memory import ran_out
+from qronos_export.ranks import ALONE, Ranks
 from qronos_export.statistics import LayerStats
 from qronos_export.suspended import Activation, Block, Routed, Stop, expert_inner, expert_matrices, is_experts
 
@@ -206,6 +207,7 @@ def walk(
     wanted: Callable[[str], bool],
     clock: Clock,
     runtime: Runtime = PLAIN,
+    ranks: Ranks = ALONE,
 ) -> Iterator[tuple[int, list[Group]]]:
     """Run decoder block `index` once per stream; at each stop yield, for one quantized stream after another, its number
     and its groups, to be rounded before the next.
@@ -213,6 +215,7 @@ def walk(
     name:    the block's, e.g. `model.layers.3`; the matrices' names begin with it.
     wanted:  whether a weight, named like a checkpoint parameter, will be rounded in any stream.
     runtime: what the quantized streams do beside reading rounded weights.
+    ranks:   who else runs this block, with other sequences.
     The first of `batches` is counted.
     Yields before that quantized stream uses the weights; afterwards `batches` holds the block's outputs.
     """
@@ -238,6 +241,7 @@ def walk(
                     arrived = _switched(forward, clock)
                     if batch.counted:
                         _observe(groups, stop, module, payload, arrived, batch.held, clock)
+                ranks.combine([group.stats for group in groups])
                 clock.lap("statistics")
                 yield stream.number, groups
                 clock.lap(None)
@@ -261,7 +265,12 @@ def advance(module: nn.Module, index: int, batches: list[MicroBatch]) -> None:
 
 
 def head_statistics(
-    decoder: Decoder, batches: list[MicroBatch], stream: int, clock: Clock, activation: Activation | None
+    decoder: Decoder,
+    batches: list[MicroBatch],
+    stream: int,
+    clock: Clock,
+    activation: Activation | None,
+    ranks: Ranks = ALONE,
 ) -> LayerStats:
     """Statistics of the output matrix's input: the final norm's outputs in the float stream and a quantized one, there
     rounded by `activation`."""
@@ -272,6 +281,8 @@ def head_statistics(
         x_hat = activation(x_hat) if activation else x_hat
         stats.update(x.flatten(0, 1), x_hat.flatten(0, 1), held=batch.held)
         clock.lap("statistics")
+    ranks.combine([stats])
+    clock.lap("statistics")
     return stats
 
 

@@ -27,6 +27,8 @@ from qronos_export.recipe import RECIPE_FIELDS, Recipe, load_recipe, plain_value
 if TYPE_CHECKING:
     from rich.progress import Progress
 
+    from qronos_export.proof import Held
+    from qronos_export.ranks import Ranks
     from qronos_export.report import RunReport
 
 app = typer.Typer(
@@ -181,23 +183,38 @@ def quantize(
         given["overrides"] = dict(_override(each) for each in override)
     wanted = load_recipe(recipe, **given) if recipe else recipe_from(given, "The command line")
 
-    from qronos_export.llamacpp import find
-    from qronos_export.pipeline import Finished, Resumed, Stage, Step, run
+    from qronos_export.pipeline import follow
     from qronos_export.proof import Held
+    from qronos_export.ranks import joined
     from qronos_export.resume import FOLDER
 
     held = Held(text, context, chunks, _cache(cache_type_k, cache_type_v))
-    with _resumable(output / FOLDER if resume else None), _progress() as progress:
+    with joined() as ranks, _resumable(output / FOLDER if resume else None):
+        if not ranks.first:
+            follow(ranks)
+            return
+        result, folder = _watched(wanted, output, held if validate else None, llamacpp, force, resume, ranks)
+    _summary(result, folder)
+
+
+def _watched(
+    recipe: Recipe, output: Path, held: Held | None, llamacpp: Path | None, force: bool, resume: bool, ranks: Ranks
+) -> tuple[RunReport, Path]:
+    """A run with its bar."""
+    from qronos_export.llamacpp import find
+    from qronos_export.pipeline import Finished, Resumed, Stage, Step, run
+
+    with _progress() as progress:
         task = progress.add_task("start", total=None, detail="")
 
         def on_progress(done: int, total: int) -> None:
             progress.update(task, completed=done, total=total)
 
-        tools = find(llamacpp)
-        checked = held if validate else None
-        with closing(
-            run(wanted, output, llamacpp=tools, held=checked, force=force, resume=resume, on_progress=on_progress)
-        ) as events:
+        events = run(
+            recipe, output, llamacpp=find(llamacpp), held=held, force=force, resume=resume, on_progress=on_progress,
+            ranks=ranks,
+        )  # fmt: skip
+        with closing(events):
             for event in events:
                 if isinstance(event, Stage):
                     progress.reset(task, total=event.steps, description=event.name, detail="")
@@ -213,7 +230,7 @@ def quantize(
                 elif isinstance(event, Finished):
                     progress.remove_task(task)
                     result, folder = event.report, event.folder
-    _summary(result, folder)
+    return result, folder
 
 
 @contextmanager

@@ -15,8 +15,9 @@ from formats import BlockFormat
 from qronos_export.attention import Attention
 from qronos_export.calibration import Group, Matrix
 from qronos_export.plan import Mix
+from qronos_export.ranks import ALONE, Ranks
 from qronos_export.report import LayerReport
-from qronos_export.rounding import CORRECTING, Coupled, Rounder, Settings, chosen, magr, rtn
+from qronos_export.rounding import CORRECTING, Coupled, Rounded, Rounder, Settings, chosen, magr, rtn
 
 if TYPE_CHECKING:
     from qronos_export.artifact.gguf import StoredTensor, Target
@@ -63,9 +64,10 @@ def round_group(
     settings: Settings,
     store: Store,
     attention: Attention | None = None,
+    ranks: Ranks = ALONE,
 ) -> Iterator[LayerReport]:
     """Round every weight of `group` that has a target in `mix`; rows of one format are swept together, but for those
-    that make a head of `attention`.
+    that make a head of `attention`. Each of `ranks` sweeps some of the rows.
 
     Afterwards `matrix.quantized` holds the stored values, and `store` the blocks.
     """
@@ -75,7 +77,7 @@ def round_group(
             if fmt := mix.format(target.tensor, matrix.weight.shape[1]):
                 by_format.setdefault(fmt.name, (fmt, []))[1].append((matrix, target))
     for fmt, jobs in by_format.values():
-        yield from _round_rows(jobs, plan, mix, fmt, group.stats, rounder, settings, store, attention)
+        yield from _round_rows(jobs, plan, mix, fmt, group.stats, rounder, settings, store, attention, ranks)
 
 
 def _fallback(stats: LayerStats, rounder: Rounder) -> tuple[Rounder, str]:
@@ -94,6 +96,7 @@ def _round_rows(
     settings: Settings,
     store: Store,
     attention: Attention | None,
+    ranks: Ranks,
 ) -> Iterator[LayerReport]:
     started = time.perf_counter()
     device = jobs[0][0].weight.device
@@ -117,7 +120,7 @@ def _round_rows(
     if attention and rounder is not rtn:
         settings = replace(settings, coupled=_coupled(jobs, attention, stats))
     note = "; ".join(filter(None, [note, unscaled, moved]))
-    rounded = rounder(weight, stats, fmt, settings)
+    rounded = _in_shards(weight, stats, fmt, settings, rounder, ranks)
     power = torch.linalg.vecdot(weight @ stats.hessian if stats.tokens else weight, weight)
     values = rounded.weight.dequantize()
     seconds = (time.perf_counter() - started) / len(weight)  # per row
@@ -143,6 +146,36 @@ def _round_rows(
             seconds=seconds * len(target.rows),
             note="; ".join(filter(None, [note, rounded.note, attention.note_of(matrix.name) if attention else ""])),
         )
+
+
+def _in_shards(
+    weight: torch.Tensor, stats: LayerStats, fmt: BlockFormat, settings: Settings, rounder: Rounder, ranks: Ranks
+) -> Rounded:
+    """`rounder` of all rows, of which each of `ranks` does some; a head's stay together. Where there are too few, and
+    codes that are drawn for a whole matrix, each does all."""
+    if ranks.world == 1 or settings.dither is not None:
+        return rounder(weight, stats, fmt, settings)
+    owners = ranks.owners(len(weight), [each.rows for each in settings.coupled])
+    if len(owners.unique()) < ranks.world:
+        return rounder(weight, stats, fmt, settings)
+    rows = (owners == ranks.rank).nonzero()[:, 0].to(weight.device)
+    place = torch.full((len(weight),), -1, device=weight.device)
+    place[rows] = torch.arange(len(rows), device=weight.device)
+    mine = [replace(each, rows=place[each.rows]) for each in settings.coupled if int(place[each.rows[0]]) >= 0]
+    part = rounder(weight[rows], stats, fmt, replace(settings, coupled=mine))
+    if len(ranks.texts(part.method)) > 1:  # some rows went astray
+        return rounder(weight, stats, fmt, settings)
+
+    def merged(found: torch.Tensor) -> torch.Tensor:
+        return ranks.merge(found, rows, len(weight))
+
+    return replace(
+        part,
+        weight=replace(part.weight, blocks=merged(part.weight.blocks), shape=(len(weight), weight.shape[1])),
+        loss=merged(part.loss),
+        mismatch=None if part.mismatch is None else merged(part.mismatch),
+        note="; ".join(filter(None, ranks.texts(part.note))),
+    )
 
 
 def _coupled(jobs: list[tuple[Matrix, Target]], attention: Attention, stats: LayerStats) -> list[Coupled]:

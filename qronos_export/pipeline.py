@@ -40,6 +40,7 @@ from qronos_export.plan import (
     type_patterns,
 )
 from qronos_export.proof import Held, float_file, held_out_file, reference
+from qronos_export.ranks import ALONE, Ranks
 from qronos_export.recipe import Recipe
 from qronos_export.report import Artifact, LayerReport, RunReport
 from qronos_export.resume import Journal, Pieces, State, identity, resumable
@@ -91,16 +92,18 @@ def run(
     force: bool = False,
     resume: bool = False,
     on_progress: Callable[[int, int], None] | None = None,
+    ranks: Ranks = ALONE,
 ) -> Generator[Event, None, None]:
     """Quantize by `recipe` into `output`/<model>-<format>.gguf and report.json; `held` None skips validation.
 
-    `on_progress(done, total)` is called within stages that are one call: sampling text, llama.cpp's runs.
+    `on_progress(done, total)` is called within stages that are one call: sampling text, llama.cpp's runs. Of several
+    `ranks` this is the first; the others `follow`.
 
     Raises QronosError; then, and when interrupted, nothing partial is left in `output`. With `resume` what is finished
     stays there in a hidden folder, however the run ends before it is over, and the next one goes on behind it.
     """
     stage = "load"
-    with closing(_run(recipe, output, llamacpp, held, force, resume, on_progress)) as events:
+    with closing(_run(recipe, output, llamacpp, held, force, resume, on_progress, ranks)) as events:
         try:
             for event in events:
                 stage = event.name if isinstance(event, Stage) else stage
@@ -141,11 +144,13 @@ def _run(
     force: bool,
     resume: bool,
     on_progress: Callable[[int, int], None] | None,
+    ranks: Ranks,
 ) -> Generator[Event, None, None]:
     begun = time.perf_counter()
-    device = pick_device(recipe.device)
+    device = ranks.device(pick_device(recipe.device))
     yield Stage("load")
     check_types(recipe)
+    check_ranks(recipe, ranks, resume)
     if recipe.activations not in ("none", "llama.cpp", "q8_0", "q8_k"):
         raise UsageError(
             f"activations: {recipe.activations} is for `evaluate` alone: llama.cpp rounds what a matrix reads to eight "
@@ -261,7 +266,8 @@ def _run(
         if tokens is None:
             rounded = round_to_nearest(model, plan, outputs, clock, journal)
         else:
-            rounded = calibrate(model, plan, outputs, tokens, recipe, clock, journal=journal)
+            ranks.send(Work(recipe, checkpoint, source.path, mixes, tokens.cpu()))
+            rounded = calibrate(model, plan, outputs, tokens, recipe, clock, journal=journal, ranks=ranks)
 
         yield Stage("layers", sum(len(each.mix.quantized) for each in outputs))
         finished = {(layer.artifact, layer.tensor) for layer in result.layers}
@@ -392,6 +398,64 @@ class Folded:
     checkpoint: Checkpoint
     transforms: list[str]
     notes: list[str]
+
+
+@dataclass(frozen=True)
+class Work:
+    """What calibration needs to know: int64 `tokens` [samples, length] and all before it. Files are where every process
+    finds them."""
+
+    recipe: Recipe
+    checkpoint: Checkpoint
+    source: Path
+    mixes: list[Mix]
+    tokens: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Nowhere:
+    """What takes the blocks of a stream where another process writes them."""
+
+    mix: Mix
+
+    @property
+    def store(self) -> Nowhere:
+        return self
+
+    def put(self, *blocks: object) -> None:
+        pass
+
+
+def check_ranks(recipe: Recipe, ranks: Ranks, resume: bool = False) -> None:
+    """Raises UsageError unless there is something to do for every process."""
+    if ranks.world == 1:
+        return
+    if resume:
+        raise UsageError("--resume keeps the hidden states of one process; leave it out, or run without torchrun.")
+    if recipe.method == "rtn":
+        raise UsageError("method: rtn has no sequences to share; run it without torchrun.")
+    one_in = recipe.holds_out_one_in
+    held = recipe.samples // one_in if one_in else recipe.samples
+    if min(held, recipe.samples - held if one_in else held) < ranks.world:
+        apart = ", and one more to hold out" if one_in else ""
+        raise UsageError(
+            f"{recipe.samples} samples are too few for {ranks.world} processes, each of which needs one{apart}; raise "
+            "--samples."
+        )
+
+
+def follow(ranks: Ranks) -> None:
+    """The part in `run` of every process but the first."""
+    work: Work = ranks.receive()
+    device = ranks.device(pick_device(work.recipe.device))
+    source = gguf.GGUFFile(work.source)
+    plan = Plan(
+        source, gguf.RowIndex(source, list(dict.fromkeys(name for mix in work.mixes for name in mix.quantized)))
+    )
+    outputs = [Nowhere(mix) for mix in work.mixes]
+    model = LazyModel(work.checkpoint, device)
+    for _ in calibrate(model, plan, outputs, work.tokens.to(device), work.recipe, Clock(), ranks=ranks):
+        pass
 
 
 def fold(

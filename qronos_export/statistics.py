@@ -63,6 +63,15 @@ class LayerStats:
         )
 
     @property
+    def device(self) -> torch.device:
+        return self._cross.device
+
+    @property
+    def moments(self) -> tuple[Tensor, Tensor, Tensor]:
+        """What is kept, to be summed in place over processes, each weighed by its share of the tokens."""
+        return self._hessian, self._cross, self._mean
+
+    @property
     def hessian(self) -> Tensor:
         upper = self._hessian.triu()
         return upper + upper.triu(1).T

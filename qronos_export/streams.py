@@ -18,6 +18,7 @@ from qronos_export.kv_cache import KVCache
 from qronos_export.layers import Destinations, Store, round_group
 from qronos_export.memory import give_back
 from qronos_export.plan import Mix
+from qronos_export.ranks import ALONE, Ranks
 from qronos_export.recipe import Recipe
 from qronos_export.report import LayerReport
 from qronos_export.rounding import ROUNDERS, Settings, blind
@@ -64,9 +65,10 @@ def calibrate(
     clock: Clock,
     passengers: Passengers | None = None,
     journal: Journal | None = None,
+    ranks: Ranks = ALONE,
 ) -> Iterator[LayerReport]:
     """Embedding, every block, head: all streams side by side; yields each tensor as it is rounded, and goes on behind
-    what `journal` has."""
+    what `journal` has. Each of `ranks` runs its share of `tokens`."""
     done = journal.done if journal else 0
     if done == _steps(model):
         return
@@ -82,9 +84,9 @@ def calibrate(
     if not done:
         _claim_embedding(model, plan)
     apart = held_out(len(tokens), recipe.holds_out_one_in)
-    batches = calibration.enter(decoder, tokens[~apart], recipe.micro_batch)
+    batches = calibration.enter(decoder, ranks.share(tokens[~apart]), recipe.micro_batch)
     if bool(apart.any()):
-        batches += calibration.enter(decoder, tokens[apart], recipe.micro_batch, held=True)
+        batches += calibration.enter(decoder, ranks.share(tokens[apart]), recipe.micro_batch, held=True)
     (probe,) = calibration.enter(decoder, tokens[:1], 1)  # how a block rotates by position shows on any hidden states
     if passengers:
         passengers.batches = calibration.enter(decoder, passengers.tokens, recipe.micro_batch, counted=False)
@@ -94,7 +96,7 @@ def calibrate(
     for each in outputs if not done else ():
         clock.lap("forward")
         embedding = _embedding_group(model)
-        yield from round_group(embedding, plan, each.mix, ROUNDERS["rtn"], settings, each.store)
+        yield from round_group(embedding, plan, each.mix, ROUNDERS["rtn"], settings, each.store, ranks=ranks)
         clock.lap("rounding")
         stored = embedding.matrices[0].quantized
         calibration.add_stream(decoder, model.embedding, stored, batches)
@@ -120,12 +122,12 @@ def calibrate(
                 heads = replace(heads, note="")
             clock.lap("forward")
         stops = calibration.walk(
-            module, index, name, batches, lambda weight: bool(plan.targets(weight)), clock, runtime
+            module, index, name, batches, lambda weight: bool(plan.targets(weight)), clock, runtime, ranks
         )
         for stream, groups in stops:
             each = outputs[stream]
             for group in groups:
-                layers = list(round_group(group, plan, each.mix, rounder, settings, each.store, heads))
+                layers = list(round_group(group, plan, each.mix, rounder, settings, each.store, heads, ranks))
                 clock.lap("rounding")
                 yield from layers
         del heads
@@ -140,9 +142,10 @@ def calibrate(
         weight = _claim_head(model, plan)
         for stream, each in enumerate(outputs):
             if any(each.mix.format(target.tensor, weight.shape[1]) for target in plan.targets("head")):
-                stats = calibration.head_statistics(decoder, batches, stream, clock, runtime.activation(stream, "head"))
+                rounding = runtime.activation(stream, "head")
+                stats = calibration.head_statistics(decoder, batches, stream, clock, rounding, ranks)
                 head = Group([Matrix("head", weight, weight.clone())], stats)
-                yield from round_group(head, plan, each.mix, rounder, settings, each.store)
+                yield from round_group(head, plan, each.mix, rounder, settings, each.store, ranks=ranks)
                 clock.lap("rounding")
                 if passengers:
                     passengers.heads.append(head.matrices[0].quantized)

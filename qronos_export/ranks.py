@@ -1,0 +1,109 @@
+"""The processes of one run, as torchrun starts them: each takes a share of the calibration sequences through the model,
+statistics are summed over all, rows of a matrix are rounded in shards, and rank 0 writes.
+
+Tensors on a GPU travel by nccl, others by gloo. Whoever fails ends; torchrun then ends the others.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from qronos_export.statistics import LayerStats
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process is number `rank` of `world`."""
+
+    rank: int = 0
+    world: int = 1
+
+    @property
+    def first(self) -> bool:
+        return self.rank == 0
+
+    def device(self, device: torch.device) -> torch.device:
+        """`device`, or of several GPUs this process's own."""
+        if self.world == 1 or device.type != "cuda" or device.index is not None:
+            return device
+        return torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+
+    def share(self, tokens: Tensor) -> Tensor:
+        """The sequences of `tokens` [sequences, length] that this process runs."""
+        return tokens[self.rank :: self.world]
+
+    def owners(self, count: int, together: Sequence[Tensor]) -> Tensor:
+        """Which process rounds each of `count` rows: int64 [count]. Those of each of `together` go to one."""
+        owner = torch.full((count,), -1)
+        for number, rows in enumerate(together):
+            owner[rows.cpu()] = number % self.world
+        rest = (owner < 0).nonzero()[:, 0]
+        owner[rest] = torch.arange(len(rest)) * self.world // max(1, len(rest))
+        return owner
+
+    def merge(self, part: Tensor, rows: Tensor, count: int) -> Tensor:
+        """What all processes found for their `rows`, `part` [rows, …], in the order of the rows: [count, …]."""
+        whole = part.new_zeros(count, *part.shape[1:])
+        whole[rows.to(part.device)] = part
+        dist.all_reduce(whole)
+        return whole
+
+    def combine(self, stats: Sequence[LayerStats]) -> None:
+        """Make each of `stats` that of the tokens of all processes."""
+        if self.world == 1:
+            return
+        counts = torch.tensor([[each.tokens, each.held.tokens if each.held else 0] for each in stats])
+        totals = counts.clone()
+        dist.all_reduce(totals)
+        for each, (own, _), (total, held) in zip(stats, counts.tolist(), totals.tolist(), strict=True):
+            if held:
+                each.held = each.held or LayerStats(each.features, each.device)
+                self._sum(each.held, each.held.tokens, held)
+            if total:
+                self._sum(each, own, total)
+
+    def _sum(self, stats: LayerStats, own: int, total: int) -> None:
+        for moment in stats.moments:
+            moment.mul_(own / total)
+            dist.all_reduce(moment)
+        stats.tokens = total
+
+    def texts(self, text: str) -> list[str]:
+        """What each process says, every text once."""
+        found: list[Any] = [None] * self.world
+        dist.all_gather_object(found, text)
+        return list(dict.fromkeys(found))
+
+    def send(self, work: object) -> None:
+        """From rank 0 to all others, which `receive` it."""
+        if self.world > 1:
+            dist.broadcast_object_list([work])
+
+    def receive(self) -> Any:
+        box: list[Any] = [None]
+        dist.broadcast_object_list(box)
+        return box[0]
+
+
+ALONE = Ranks()
+
+
+@contextmanager
+def joined() -> Iterator[Ranks]:
+    """This process among those that torchrun started; without torchrun, alone."""
+    if not dist.is_available() or not dist.is_torchelastic_launched() or os.environ["WORLD_SIZE"] == "1":
+        yield ALONE
+        return
+    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+    try:
+        yield Ranks(dist.get_rank(), dist.get_world_size())
+    finally:
+        dist.destroy_process_group()
