@@ -19,8 +19,15 @@ import typer
 
 from qronos_export import __version__
 from qronos_export.commands.compare import compare
-from qronos_export.commands.options import ChunksOption, ContextOption, LlamaCppOption, TextOption, cache_types
-from qronos_export.commands.options import CacheKOption, CacheVOption
+from qronos_export.commands.options import (
+    CacheKOption,
+    CacheVOption,
+    ChunksOption,
+    ContextOption,
+    LlamaCppOption,
+    TextOption,
+    cache_types,
+)
 from qronos_export.commands.options import console as _console
 from qronos_export.commands.options import progress as _progress
 from qronos_export.commands.options import table as _table
@@ -57,6 +64,8 @@ SetOption = Annotated[
     list[str] | None,
     typer.Option("--set", help="Anything of the recipe; wins over its file.", metavar="KEY=VALUE"),
 ]
+
+
 def _version(wanted: bool) -> None:
     if wanted:
         typer.echo(f"qronos-export {__version__}")

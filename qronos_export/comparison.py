@@ -1,7 +1,7 @@
 """Several quantized files of one model side by side: size, quality on the same chunks, speed.
 
-GGUF files run in llama.cpp against llama.cpp's float model, ONNX models in onnxruntime against torch's; text, chunks and
-scored tokens are the same, so files of both kinds are paired chunk by chunk.
+GGUF files run in llama.cpp against its float model, ONNX models in onnxruntime against torch's. Text, chunks and scored
+tokens are the same, so files of both kinds are paired chunk by chunk.
 """
 
 from __future__ import annotations
@@ -114,7 +114,9 @@ def compare(
                 session = open_session(file)
                 # The graph, and data beside it: model.onnx.data or model.onnx_data.
                 stored = sum(part.stat().st_size for part in session.path.parent.glob(f"{session.path.name}*"))
-                size = sum(part.stat().st_size for part in file.rglob("*") if part.is_file()) if file.is_dir() else stored
+                size = (
+                    sum(part.stat().st_size for part in file.rglob("*") if part.is_file()) if file.is_dir() else stored
+                )
                 bits = 8 * stored / torchs.weights
                 measured = Compared(name, size, bits, torchs.compare(session, on_chunk=on_progress))
                 folder = session.path.parent

@@ -34,7 +34,10 @@ def draw(files: Sequence[Compared], path: Path) -> None:
         axes.errorbar(each.bits_per_weight, v.kl_divergence, yerr=v.kl_divergence_error, fmt="o", capsize=3)
         # Dollar signs would begin mathematics.
         axes.annotate(
-            each.file.replace("$", r"\$"), (each.bits_per_weight, v.kl_divergence), textcoords="offset points", xytext=(6, 6)
+            each.file.replace("$", r"\$"),
+            (each.bits_per_weight, v.kl_divergence),
+            textcoords="offset points",
+            xytext=(6, 6),
         )
     axes.margins(x=0.15, y=0.15)
     if all(each.validation.kl_divergence > each.validation.kl_divergence_error for each in files):

@@ -162,8 +162,8 @@ def _verdict(name: str, limit: Against, validation: Validation, baseline: Baseli
     return Verdict(
         name,
         passed,
-        f"{what} {value:.6g}{unit} {'keeps' if passed else 'misses'} {ratio:g} × the baseline's {before:.6g}{unit}: it is "
-        f"{'worse' if worse.mean > 0 else 'better'} than that by {abs(worse.mean):.2g} ± {worse.error:.2g}{unit}, and "
+        f"{what} {value:.6g}{unit} {'keeps' if passed else 'misses'} {ratio:g} × the baseline's {before:.6g}{unit}: "
+        f"it is {'worse' if worse.mean > 0 else 'better'} than that by {abs(worse.mean):.2g} ± {worse.error:.2g}{unit}, and "
         f"{limit.sigmas:g} standard errors are allowed.",
     )
 

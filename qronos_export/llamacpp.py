@@ -236,7 +236,7 @@ class LlamaCpp:
 
     @_until_told(log.LostLines)
     def rates(self, model: Path, *, prompt: int, new: int, rounds: int) -> tuple[list[float], list[float]]:
-        """`llama-bench`: tokens per second in each of `rounds`, of reading `prompt` tokens and of writing `new` ones."""
+        """`llama-bench`: tokens per second in each of `rounds`, reading `prompt` tokens and writing `new` ones."""
         if not (self.bin_folder / BENCH).is_file():
             raise LlamaCppError(
                 f"Speed is measured by {BENCH}, which {self.bin_folder} lacks. Run `qronos-export llamacpp install`, "

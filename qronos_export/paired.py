@@ -20,7 +20,7 @@ LEVEL = 0.05  # of error that is allowed over all differences that are asked abo
 
 @dataclass(frozen=True)
 class Chunks:
-    """Means over the scored tokens of each chunk, in order: nats of loss and of divergence, percent of same top tokens."""
+    """Means over the scored tokens of each chunk, in order: nats of loss and of divergence, percent of same tops."""
 
     loss: list[float]
     kl_divergence: list[float]

@@ -29,10 +29,19 @@ OUTSIDE = {  # third-party packages, and the only places that may import them
     "torch": ("formats/", "qronos_export/"),
     "numpy": ("formats/", "qronos_export/artifact/"),
 }
-LEAVES = {"errors", "cache", "device", "memory", "statistics", "process", "paired"}  # for anyone; they import one another only
+LEAVES = {
+    "errors",
+    "cache",
+    "device",
+    "memory",
+    "statistics",
+    "process",
+    "paired",
+}  # for anyone; they import one another only
 INSIDE = {  # a module of qronos_export, and what else of qronos_export it may import
     "cli": {
-        "commands", "conversion", "evaluation", "pipeline", "recipe", "report", "llamacpp", "llamacpp_build", "proof", "",
+        "commands", "conversion", "evaluation", "pipeline", "recipe", "report", "llamacpp", "llamacpp_build", "proof",
+        "",
     },
     "commands": {"comparison", "comparison_plot", "gate", "gate_report", "llamacpp", "pipeline", "proof"},
     "comparison": {"artifact", "checkpoint", "llamacpp", "onnx_validation", "pipeline", "proof", "validation"},

@@ -24,9 +24,10 @@ def random_tokens(folder: Path, count: int) -> list[int]:
 
 
 def rates(folder: Path, tokens: Sequence[int], new: int, threads: int) -> tuple[float, float]:
-    """Tokens per second of reading `tokens` and of writing `new` ones greedily; the first new one comes with the prompt.
+    """Tokens per second reading `tokens` and writing `new` ones greedily; the first of them comes with the prompt.
 
-    Raises ArtifactError where onnxruntime-genai cannot run the model that long."""
+    Raises ArtifactError where onnxruntime-genai cannot run the model that long.
+    """
     check_packages()
     import onnxruntime_genai
 

@@ -14,7 +14,9 @@ if TYPE_CHECKING:
 
 
 def compare(
-    files: Annotated[list[Path], typer.Argument(help="Quantized .gguf files, ONNX models or folders.", metavar="FILE…")],
+    files: Annotated[
+        list[Path], typer.Argument(help="Quantized .gguf files, ONNX models or folders.", metavar="FILE…")
+    ],
     reference: Annotated[str, typer.Option(help="Their float model: folder, hub id, .gguf or `demo`.")],
     text: TextOption = None,
     context: ContextOption = 512,
@@ -32,8 +34,8 @@ def compare(
 
     All files read the same chunks, so differences are taken chunk by chunk; p is Student's t, adjusted for all pairs.
     """
-    from qronos_export.comparison import Compared, pairs, sentences
     from qronos_export.comparison import compare as run_comparison
+    from qronos_export.comparison import pairs, sentences
     from qronos_export.comparison_plot import check_plot, draw
     from qronos_export.llamacpp import find
     from qronos_export.pipeline import Stage
