@@ -112,13 +112,11 @@ def compare(
             yield Stage(f"measure {name}")
             if file in onnx:
                 session = open_session(file)
-                # The graph, and data beside it: model.onnx.data or model.onnx_data.
-                stored = sum(part.stat().st_size for part in session.path.parent.glob(f"{session.path.name}*"))
-                size = (
-                    sum(part.stat().st_size for part in file.rglob("*") if part.is_file()) if file.is_dir() else stored
-                )
+                # Data beside the graph, model.onnx.data or model.onnx_data; of small models it may lie within.
+                beside = [each for each in session.path.parent.glob(f"{session.path.name}*") if each != session.path]
+                stored = sum(each.stat().st_size for each in beside or [session.path])
                 bits = 8 * stored / torchs.weights
-                measured = Compared(name, size, bits, torchs.compare(session, on_chunk=on_progress))
+                measured = Compared(name, _bytes(file), bits, torchs.compare(session, on_chunk=on_progress))
                 folder = session.path.parent
                 del session
                 if speed and (folder / "genai_config.json").is_file():
@@ -170,6 +168,12 @@ def _names(files: Sequence[Path]) -> list[str]:
         raise UsageError("A file is given twice; give each once.")
     short = [file.name for file in files]
     return [file.name if short.count(file.name) == 1 else str(file) for file in files]
+
+
+def _bytes(model: Path) -> int:
+    """Of an ONNX model: all of its folder, or the graph and its data."""
+    parts = model.rglob("*") if model.is_dir() else model.parent.glob(f"{model.name}*")
+    return sum(each.stat().st_size for each in parts if each.is_file())
 
 
 def _with_rates(measured: Compared, prompts: Sequence[float], tokens: Sequence[float]) -> Compared:

@@ -159,11 +159,12 @@ def _verdict(name: str, limit: Against, validation: Validation, baseline: Baseli
         what, value, before, unit = "The share of same top tokens", validation.same_top, baseline.same_top, " %"
         worse = difference([ratio * each for each in theirs.same_top], ours.same_top)
     passed = worse.mean <= limit.sigmas * worse.error
+    relation = "worse" if worse.mean > 0 else "better"
     return Verdict(
         name,
         passed,
         f"{what} {value:.6g}{unit} {'keeps' if passed else 'misses'} {ratio:g} × the baseline's {before:.6g}{unit}: "
-        f"it is {'worse' if worse.mean > 0 else 'better'} than that by {abs(worse.mean):.2g} ± {worse.error:.2g}{unit}, and "
+        f"it is {relation} than that by {abs(worse.mean):.2g} ± {worse.error:.2g}{unit}; "
         f"{limit.sigmas:g} standard errors are allowed.",
     )
 
