@@ -21,12 +21,24 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from qronos_export import __version__
-from qronos_export.errors import GateError, QronosError, UsageError
+from qronos_export.commands.compare import compare
+from qronos_export.commands.options import (
+    CacheKOption,
+    CacheVOption,
+    ChunksOption,
+    ContextOption,
+    LlamaCppOption,
+    TextOption,
+    cache_types,
+)
+from qronos_export.commands.options import console as _console
+from qronos_export.commands.options import progress as _progress
+from qronos_export.commands.options import table as _table
+from qronos_export.commands.validate import validate
+from qronos_export.errors import QronosError, UsageError
 from qronos_export.recipe import RECIPE_FIELDS, Recipe, load_recipe, plain_value, recipe_from, shipped
 
 if TYPE_CHECKING:
-    from rich.progress import Progress
-
     from qronos_export.proof import Held
     from qronos_export.ranks import Ranks
     from qronos_export.report import RunReport
@@ -50,30 +62,12 @@ def _setting(name: str, help: str, **more: Any) -> Any:
     return typer.Option(help=help, show_default=str(getattr(Recipe, name)), **more)
 
 
-LlamaCppOption = Annotated[
-    Path | None, typer.Option("--llamacpp", help="Folder of llama.cpp's tools; otherwise found.", metavar="FOLDER")
-]
 RecipeOption = Annotated[
     str | None, typer.Option(help="YAML of settings, a report.json, or one of `recipe list`.", metavar="FILE|NAME")
 ]
 SetOption = Annotated[
     list[str] | None,
     typer.Option("--set", help="Anything of the recipe; wins over its file.", metavar="KEY=VALUE"),
-]
-ContextOption = Annotated[int, typer.Option("--context", help="Tokens a chunk.")]
-ChunksOption = Annotated[int | None, typer.Option("--chunks", help="Chunks to validate on at most.")]
-TextOption = Annotated[
-    Path | None,
-    typer.Option("--text", help="Held-out text to validate on; otherwise English that Python ships.", metavar="FILE"),
-]
-
-CacheKOption = Annotated[
-    str | None,
-    typer.Option("--cache-type-k", help="Type of keys while validating; else the recipe's or f16.", metavar="TYPE"),
-]
-CacheVOption = Annotated[
-    str | None,
-    typer.Option("--cache-type-v", help="Type of values while validating; else the recipe's or f16.", metavar="TYPE"),
 ]
 
 
@@ -188,7 +182,7 @@ def quantize(
     from qronos_export.ranks import joined
     from qronos_export.resume import FOLDER
 
-    held = Held(text, context, chunks, _cache(cache_type_k, cache_type_v))
+    held = Held(text, context, chunks, cache_types(cache_type_k, cache_type_v))
     with joined() as ranks, _resumable(output / FOLDER if resume else None):
         if not ranks.first:
             follow(ranks)
@@ -292,52 +286,8 @@ def convert(
     _table(*rows)
 
 
-def _cache(k: str | None, v: str | None) -> dict[str, str]:
-    return {which: kind for which, kind in (("k", k), ("v", v)) if kind is not None}
-
-
-@app.command()
-def validate(
-    file: Annotated[Path, typer.Argument(help="The quantized .gguf, or an ONNX model or folder.")],
-    reference: Annotated[str, typer.Option(help="Its float model: folder, hub id, .gguf or `demo`.")],
-    text: TextOption = None,
-    context: ContextOption = 512,
-    chunks: ChunksOption = None,
-    cache_type_k: CacheKOption = None,
-    cache_type_v: CacheVOption = None,
-    max_kld: Annotated[float | None, typer.Option(help="Fail above this KL divergence, in nats.")] = None,
-    max_ppl_increase: Annotated[
-        float | None, typer.Option(help="Fail above this rise of perplexity, in percent.")
-    ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
-    llamacpp: LlamaCppOption = None,
-) -> None:
-    """Perplexity and KL divergence of FILE against its float model: a GGUF in llama.cpp, ONNX in onnxruntime. Exits 1
-    when a limit is missed."""
-    from qronos_export.llamacpp import find
-    from qronos_export.proof import Held, prove, prove_onnx
-    from qronos_export.validation import Gate
-
-    gate = Gate(max_kld, max_ppl_increase)
-    held = Held(text, context, chunks, _cache(cache_type_k, cache_type_v))
-    if file.suffix == ".onnx" or file.is_dir():
-        result = prove_onnx(file, reference, held)
-    else:
-        result = prove(file, reference, held, llamacpp=find(llamacpp))
-    failures = gate.check(result)
-    if as_json:
-        typer.echo(json.dumps({**result.to_json(), "failures": failures, "passed": not failures}, indent=2))
-    else:
-        _table(
-            ("perplexity", f"{result.perplexity:.4f} ± {result.perplexity_error:.4f}"),
-            ("  of the float model", f"{result.perplexity_reference:.4f} ({result.perplexity_increase:+.2f} %)"),
-            ("KL divergence", f"{result.kl_divergence:.5f} ± {result.kl_divergence_error:.5f} nats"),
-            ("same top token", f"{result.same_top:.2f} %"),
-            ("measured on", f"{result.chunks} chunks of {result.context} tokens, {result.runtime}"),
-            ("cache", f"keys {result.cache_k}, values {result.cache_v}"),
-        )
-    if failures:
-        raise GateError(f"{file} failed: " + " ".join(failures))
+app.command()(validate)
+app.command()(compare)
 
 
 @app.command()
@@ -533,47 +483,6 @@ def _summary(result: RunReport, folder: Path) -> None:
     rows += [("note", note) for note in result.notes]
     rows.append(("report", f"{folder / 'report.json'}, {result.seconds['total']:.0f} s in all"))
     _table(*rows)
-
-
-def _table(*rows: tuple[str, str]) -> None:
-    from rich.table import Table
-
-    table = Table(box=None, show_header=False, pad_edge=False)
-    table.add_column(no_wrap=True)
-    table.add_column(overflow="fold")
-    for row in rows:
-        table.add_row(*row)
-    _console().print(table)
-
-
-def _console() -> Any:
-    from rich.console import Console
-
-    return Console(highlight=False, markup=False, soft_wrap=not sys.stdout.isatty())
-
-
-def _progress() -> Progress:
-    """A bar with the stage, the layer and its error, and the time left; on standard error, output stays clean."""
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
-
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[detail]}", markup=False),
-        console=Console(stderr=True),
-        transient=True,
-    )
 
 
 def _number(value: float | None, spec: str) -> str:

@@ -24,6 +24,7 @@ from qronos_export.process import SilentError, run
 PINNED = "b11549"
 VARIABLE = "QRONOS_EXPORT_LLAMACPP"
 TOOLS = ("llama-perplexity", "llama-quantize", "llama-imatrix", "llama-completion")
+BENCH = "llama-bench"  # needed for `compare --speed` alone
 INSTALLED = "`qronos-export llamacpp install`"  # the origin of our own
 CONVERTER = "convert_hf_to_gguf.py"
 
@@ -232,6 +233,18 @@ class LlamaCpp:
         ]
         self._measure("llama-perplexity", model, arguments, progress)
         return log.divergence(progress.text, model)
+
+    @_until_told(log.LostLines)
+    def rates(self, model: Path, *, prompt: int, new: int, rounds: int) -> tuple[list[float], list[float]]:
+        """`llama-bench`: tokens per second in each of `rounds`, reading `prompt` tokens and writing `new` ones."""
+        if not (self.bin_folder / BENCH).is_file():
+            raise LlamaCppError(
+                f"Speed is measured by {BENCH}, which {self.bin_folder} lacks. Run `qronos-export llamacpp install`, "
+                "build that target there too, or leave out --speed."
+            )
+        threads = ["-t", str(self.threads)] if self.threads else []
+        sizes = ["-p", str(prompt), "-n", str(new), "-r", str(rounds)]
+        return log.rates(self._run(BENCH, ["-m", _model(model), *sizes, *threads, "-o", "jsonl"]), model)
 
     def _evaluate(
         self,

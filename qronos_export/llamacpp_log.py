@@ -10,9 +10,12 @@ import re
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
+from typing import cast
 
 from qronos_export.errors import CalibrationError, LlamaCppError, OutputError, PlanError
+from qronos_export.paired import Chunks
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,7 @@ class Divergence:
     rms_delta_p_error: float
     chunks: int
     context: int
+    per_chunk: Chunks
 
 
 class LostLines(LlamaCppError):
@@ -173,7 +177,41 @@ def divergence(text: str, model: Path) -> Divergence:
         rms_delta_p_error=rms_delta_p_error,
         chunks=chunks,
         context=context,
+        per_chunk=_per_chunk(text, chunks, model),
     )
+
+
+def _per_chunk(text: str, chunks: int, model: Path) -> Chunks:
+    """From the table's rows: chunk, perplexity, ln of its ratio, divergence, RMS Δp, same top; each ± its error.
+
+    The values are means over chunks 1 … k, with 4, 5, 5, 3 and 3 decimals. So a chunk late in a long run is known less
+    well, its divergence to about k · 4e-6 nats; what rounding gives one chunk it takes from the next.
+    """
+    row = rf"^ *(\d+) +{_NUMBER} ± +\S+ +\S+ ± +\S+ +{_NUMBER} ± +\S+ +\S+ ± +\S+ % +{_NUMBER} ± +\S+ %$"
+    rows = re.findall(row, text, re.M)
+    if [int(number) for number, *_ in rows] != list(range(1, chunks + 1)):
+        raise LostLines(f"llama.cpp printed {len(rows)} rows for {chunks} chunks of {model}; {_OTHER}")
+    running = [[float(value) for value in values] for _, *values in rows]
+    return Chunks(
+        loss=_differences([math.log(perplexity) for perplexity, _, _ in running]),
+        kl_divergence=_differences([divergence for _, divergence, _ in running]),
+        same_top=_differences([same for _, _, same in running]),
+    )
+
+
+def _differences(running: list[float]) -> list[float]:
+    """Values whose means over the first 1, 2, … are `running`."""
+    sums = [0.0, *(count * mean for count, mean in enumerate(running, start=1))]
+    return [after - before for before, after in pairwise(sums)]
+
+
+def rates(text: str, file: Path) -> tuple[list[float], list[float]]:
+    """Tokens per second of every repetition, from `llama-bench -o jsonl`: of prompts, and of tokens one by one."""
+    tests = [entry for line in text.splitlines() if (entry := _entry(line)) and "samples_ts" in entry]
+    found = {bool(test["n_gen"]): [float(rate) for rate in cast(list[float], test["samples_ts"])] for test in tests}
+    if set(found) != {False, True}:
+        raise LostLines(f"llama-bench printed no rates of {file}; {_OTHER}")
+    return found[False], found[True]
 
 
 def logits_context(logits: Path) -> int:

@@ -22,6 +22,7 @@ from qronos_export.checkpoint import Checkpoint, LazyModel
 from qronos_export.corpus import Progress, held_out_tokens
 from qronos_export.errors import ArtifactError
 from qronos_export.memory import give_back
+from qronos_export.paired import Chunks
 from qronos_export.validation import Validation
 
 if TYPE_CHECKING:
@@ -61,6 +62,11 @@ class TorchReference:
         self._decoder, self._batches = _through(self._model, tokens, micro_batch, on_chunk)
         self._context, self._chunks = context, len(tokens)
 
+    @property
+    def weights(self) -> int:
+        """Of the float model, those shared counted once."""
+        return sum(each.numel() for each in self._model.model.parameters())
+
     @torch.no_grad()
     def compare(self, session: Session, *, on_chunk: Progress | None = None) -> Validation:
         """Raises ArtifactError where the session's model has another vocabulary."""
@@ -80,6 +86,7 @@ class TorchReference:
                 if on_chunk:
                     on_chunk(len(scores), self._chunks)
         loss_p, loss_q, divergence, agreed, change = torch.cat(scores, dim=1).double()
+        _, losses, divergences, agreements, _ = torch.stack(scores).double().mean(2).T.tolist()
         count = len(agreed)
         same = float(agreed.mean())
         return Validation(
@@ -100,6 +107,7 @@ class TorchReference:
             onnxruntime=session.version,
             cache_k="f32",
             cache_v="f32",
+            per_chunk=Chunks(losses, divergences, [100 * share for share in agreements]),
         )
 
 

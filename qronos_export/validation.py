@@ -11,10 +11,11 @@ import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 from qronos_export.errors import OutputError, UsageError
 from qronos_export.llamacpp import LlamaCpp, OnChunk
+from qronos_export.paired import Chunks
 
 CACHE_TYPES = ("f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "iq4_nl", "q5_0", "q5_1")
 
@@ -42,7 +43,7 @@ class Cache:
 @dataclass(frozen=True)
 class Validation:
     """One file against its reference, on one text. Divergences are nats per scored token, `same_top` and `rms_delta_p`
-    percent, errors one standard deviation. The names are the report's keys and stay."""
+    percent, errors one standard deviation. The names are the report's keys and stay; `per_chunk` is for comparisons."""
 
     perplexity: float
     perplexity_error: float
@@ -63,6 +64,7 @@ class Validation:
     cache_k: str = "f16"
     cache_v: str = "f16"
     onnxruntime: str | None = None
+    per_chunk: Chunks | None = None
 
     @property
     def runtime(self) -> str:
@@ -73,34 +75,75 @@ class Validation:
         """Percent of the reference's perplexity: 2.5 where 10 became 10.25."""
         return 100 * (self.perplexity / self.perplexity_reference - 1)
 
-    def to_json(self) -> dict[str, float | int | str | None]:
+    def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
 
 @dataclass(frozen=True)
+class Verdict:
+    """On one limit, with a sentence that has the value and the limit."""
+
+    limit: str
+    passed: bool
+    says: str
+
+
+@dataclass(frozen=True)
 class Gate:
-    """The limits a file must keep, both inclusive: `max_kld` in nats, `max_ppl_increase` in percent of the reference's
-    perplexity. None is no limit."""
+    """The limits a file must keep, all inclusive; None is no limit.
+
+    max_kld, max_kl_median, max_kl_99, max_kl_max: of KL divergence: mean, median, 99th percentile, worst token; nats.
+    max_ppl_increase: percent of the reference's perplexity.
+    min_same_top:     percent of tokens with the reference's top token.
+    max_rms_delta_p:  percent; root mean square change of the right token's probability.
+    """
 
     max_kld: float | None = None
     max_ppl_increase: float | None = None
+    max_kl_median: float | None = None
+    max_kl_99: float | None = None
+    max_kl_max: float | None = None
+    min_same_top: float | None = None
+    max_rms_delta_p: float | None = None
 
     def __post_init__(self) -> None:
-        for option, limit in (("--max-kld", self.max_kld), ("--max-ppl-increase", self.max_ppl_increase)):
+        for name, limit in asdict(self).items():
             if limit is not None and not (0 <= limit < math.inf):
-                raise UsageError(f"{option} is {limit}; expected a number that is finite and not negative.")
+                raise UsageError(f"{_option(name)} is {limit}; expected a number that is finite and not negative.")
+
+    def verdicts(self, validation: Validation) -> list[Verdict]:
+        """On each limit there is. What is not a number keeps none."""
+        found = []
+        for name, limit in asdict(self).items():
+            if limit is None:
+                continue
+            what, key, unit = _LIMITED[name]
+            value = getattr(validation, key)
+            least = name.startswith("min_")
+            passed = value >= limit if least else value <= limit
+            relation = "keeps" if passed else "is below" if least else "is above"
+            found.append(Verdict(name, passed, f"{what} {value:.6g}{unit} {relation} {_option(name)} {limit:g}{unit}."))
+        return found
 
     def check(self, validation: Validation) -> list[str]:
         """What `validation` failed: one sentence for each limit, none when it passes."""
-        failures = []
-        if self.max_kld is not None and not validation.kl_divergence <= self.max_kld:
-            failures.append(f"KL divergence {validation.kl_divergence:.6g} is above --max-kld {self.max_kld:g}.")
-        if self.max_ppl_increase is not None and not validation.perplexity_increase <= self.max_ppl_increase:
-            failures.append(
-                f"Perplexity {validation.perplexity:.6g} is {validation.perplexity_increase:.3g} % above the "
-                f"reference's {validation.perplexity_reference:.6g}; --max-ppl-increase is {self.max_ppl_increase:g} %."
-            )
-        return failures
+        return [verdict.says for verdict in self.verdicts(validation) if not verdict.passed]
+
+
+_LIMITED = {  # limit -> what is limited, its name in Validation, its unit
+    "max_kld": ("KL divergence", "kl_divergence", ""),
+    "max_ppl_increase": ("The rise of perplexity", "perplexity_increase", " %"),
+    "max_kl_median": ("The median KL divergence", "kl_median", ""),
+    "max_kl_99": ("The 99th percentile of KL divergence", "kl_99", ""),
+    "max_kl_max": ("The largest KL divergence", "kl_max", ""),
+    "min_same_top": ("The share of same top tokens", "same_top", " %"),
+    "max_rms_delta_p": ("The RMS change of the right token's probability", "rms_delta_p", " %"),
+}
+
+
+def _option(name: str) -> str:
+    """A limit as the user gave it: two are options, too."""
+    return f"--{name.replace('_', '-')}" if name in ("max_kld", "max_ppl_increase") else name
 
 
 class Reference:
@@ -184,6 +227,7 @@ class Reference:
             llama_cpp=self._llamacpp.version,
             cache_k=self._cache.k,
             cache_v=self._cache.v,
+            per_chunk=divergence.per_chunk,
         )
 
 

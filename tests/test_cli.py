@@ -29,7 +29,7 @@ def test_help_imports_nothing_heavy() -> None:
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.strip().endswith("[]"), done.stdout
-    for command in ("quantize", "convert", "validate", "formats", "llamacpp"):
+    for command in ("quantize", "convert", "validate", "compare", "formats", "llamacpp"):
         assert command in done.stdout
 
 
@@ -52,6 +52,10 @@ def test_formats_lists_every_format() -> None:
         ["quantize", "demo", "--output", "x", "--chunks", "0"],
         ["validate", "absent.gguf", "--reference", "demo"],
         ["validate", "absent.onnx", "--reference", "demo"],
+        ["validate", "absent.gguf", "--reference", "demo", "--gate", "absent.yaml"],
+        ["validate", "absent.gguf", "--reference", "demo", "--junit", "limits.xml"],
+        ["compare", "--reference", "demo"],
+        ["compare", "absent.gguf", "--reference", "demo"],
         ["convert", "absent.gguf", "--output", "x"],
         ["convert", "absent.gguf", "--output", "x", "--artifact", "gguf"],
         ["quantize", "demo", "--output", "x", "--artifact", "gguf,gguf"],

@@ -1,0 +1,75 @@
+"""What several commands share: options, and how results and progress are drawn."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
+LlamaCppOption = Annotated[
+    Path | None, typer.Option("--llamacpp", help="Folder of llama.cpp's tools; otherwise found.", metavar="FOLDER")
+]
+ContextOption = Annotated[int, typer.Option("--context", help="Tokens a chunk.")]
+ChunksOption = Annotated[int | None, typer.Option("--chunks", help="Chunks to validate on at most.")]
+TextOption = Annotated[
+    Path | None,
+    typer.Option("--text", help="Held-out text to validate on; otherwise English that Python ships.", metavar="FILE"),
+]
+CacheKOption = Annotated[
+    str | None,
+    typer.Option("--cache-type-k", help="Type of keys while validating; else the recipe's or f16.", metavar="TYPE"),
+]
+CacheVOption = Annotated[
+    str | None,
+    typer.Option("--cache-type-v", help="Type of values while validating; else the recipe's or f16.", metavar="TYPE"),
+]
+
+
+def cache_types(k: str | None, v: str | None) -> dict[str, str]:
+    return {which: kind for which, kind in (("k", k), ("v", v)) if kind is not None}
+
+
+def table(*rows: tuple[str, str]) -> None:
+    from rich.table import Table
+
+    drawn = Table(box=None, show_header=False, pad_edge=False)
+    drawn.add_column(no_wrap=True)
+    drawn.add_column(overflow="fold")
+    for row in rows:
+        drawn.add_row(*row)
+    console().print(drawn)
+
+
+def console() -> Any:
+    from rich.console import Console
+
+    return Console(highlight=False, markup=False, soft_wrap=not sys.stdout.isatty())
+
+
+def progress() -> Progress:
+    """A bar with the stage, the layer and its error, and the time left; on standard error, output stays clean."""
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[detail]}", markup=False),
+        console=Console(stderr=True),
+        transient=True,
+    )
