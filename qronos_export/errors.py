@@ -9,6 +9,7 @@
     ├── ArtifactError         the written file is not what was calibrated
     ├── OutputError           the place to write to: occupied, full, read-only
     ├── LlamaCppError         llama.cpp is missing, too old, or a tool of it failed
+    ├── PublishError          results are not fit to be published, or the hub did not take them
     ├── TaskError             a zero-shot task or its data cannot be read or run
     └── GateError             validation ran and the file missed a limit
 
@@ -51,6 +52,10 @@ class OutputError(QronosError):
 
 
 class LlamaCppError(QronosError):
+    pass
+
+
+class PublishError(QronosError):
     pass
 
 

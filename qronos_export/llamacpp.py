@@ -24,6 +24,7 @@ from qronos_export.process import SilentError, run
 PINNED = "b11549"
 VARIABLE = "QRONOS_EXPORT_LLAMACPP"
 TOOLS = ("llama-perplexity", "llama-quantize", "llama-imatrix", "llama-completion")
+SPLITTER = "llama-gguf-split"  # needed for files too large to publish in one piece alone
 INSTALLED = "`qronos-export llamacpp install`"  # the origin of our own
 CONVERTER = "convert_hf_to_gguf.py"
 
@@ -131,6 +132,25 @@ class LlamaCpp:
         if not planned.types:
             raise LlamaCppError(f"llama-quantize --dry-run listed no tensors of {source}. {self._hint()}")
         return planned
+
+    def parts(self, file: Path, megabytes: int) -> int:
+        """How many files `split` would write, without writing."""
+        return log.parts(self._split(file, megabytes, file, "--dry-run"), file)
+
+    def split(self, file: Path, megabytes: int, folder: Path) -> list[Path]:
+        """`llama-gguf-split`: `file` as <stem>-00001-of-0000N.gguf, … in `folder`, none with more than `megabytes` MB
+        of tensors; llama.cpp opens all by the first. Raises LlamaCppError where a tensor is larger than that."""
+        count = log.parts(self._split(file, megabytes, folder / file.stem), file)
+        return [folder / part for part in part_names(file.name, count)]
+
+    def _split(self, file: Path, megabytes: int, stem: Path, *options: str) -> str:
+        if not (self.bin_folder / SPLITTER).is_file():
+            raise LlamaCppError(
+                f"{file.name} has to be published in parts, and {self.bin_folder} has no {SPLITTER}. "
+                f"Run `qronos-export llamacpp install`, build that target there too, or raise --split-size."
+            )
+        limit = ["--split-max-size", f"{megabytes}M"]
+        return self._run(SPLITTER, ["--split", *limit, *options, _model(file), stem.absolute()])
 
     def quantize_types(self) -> dict[str, int | None]:
         """The names `llama-quantize` accepts, and the numbers that `general.file_type` says them by."""
@@ -339,6 +359,12 @@ def open_folder(folder: Path, origin: str) -> LlamaCpp:
 def installed_folder() -> Path:
     """Where llamacpp_build.install puts the pinned build: bin/ and source/."""
     return cache_folder() / f"llamacpp-{PINNED}"
+
+
+def part_names(name: str, count: int) -> list[str]:
+    """What `LlamaCpp.split` calls the parts of the GGUF file `name`."""
+    stem = name.removesuffix(".gguf")
+    return [f"{stem}-{number:05}-of-{count:05}.gguf" for number in range(1, count + 1)]
 
 
 def logits_bytes(vocabulary: int, context: int, chunks: int) -> int:

@@ -21,6 +21,7 @@ from qronos_export.llamacpp import (
     CONVERTER,
     INSTALLED,
     PINNED,
+    SPLITTER,
     TOOLS,
     VARIABLE,
     LlamaCpp,
@@ -46,6 +47,7 @@ CMAKE_FLAGS = (
 )
 DISK_BYTES = 2 * 10**9  # sdist, its contents and the object files, together and with room
 STEP_LIMIT = 4 * 3600.0  # seconds; the build itself takes about 13 CPU-minutes
+BUILT = (*TOOLS, SPLITTER)
 
 OnLine = Callable[[str], None]
 
@@ -53,13 +55,13 @@ OnLine = Callable[[str], None]
 def install(on_line: OnLine | None = None, *, rebuild: bool = False) -> LlamaCpp:
     """Download, build and put the pinned llama.cpp into the cache; `on_line` hears each line of progress.
 
-    Does nothing when it is there already, unless `rebuild` (say, the cache moved to another CPU). Two installs at once
-    wait for each other. Raises LlamaCppError saying what to do next; a failed install leaves nothing behind.
+    Does nothing when all of it is there already, unless `rebuild` (say, the cache moved to another CPU). Two installs
+    at once wait for each other. Raises LlamaCppError saying what to do next; a failed install leaves nothing behind.
     """
     say = on_line or (lambda line: None)
     destination = installed_folder()
     with _only_one(say):
-        if rebuild or not destination.is_dir():
+        if rebuild or not all((destination / "bin" / tool).is_file() for tool in BUILT):
             _require_compiler()
             with tempfile.TemporaryDirectory(dir=destination.parent, prefix=f".{destination.name}-") as scratch:
                 finished = _build(Path(scratch), say)
@@ -91,11 +93,11 @@ def _build(scratch: Path, say: OnLine) -> Path:
     # The cores this process may use, which in a container can be fewer than the machine's; macOS cannot tell.
     jobs = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     step(cmake, "-G", "Ninja", "-S", source, "-B", build, *CMAKE_FLAGS)
-    step(cmake, "--build", build, "--parallel", str(jobs), "--target", *TOOLS)
+    step(cmake, "--build", build, "--parallel", str(jobs), "--target", *BUILT)
 
     finished = scratch / "finished"
     (finished / "bin").mkdir(parents=True)
-    for tool in TOOLS:
+    for tool in BUILT:
         (build / "bin" / tool).replace(finished / "bin" / tool)
     (finished / "source" / "models").mkdir(parents=True)
     # The converter reads some families' chat templates from models/templates.

@@ -38,6 +38,7 @@ from qronos_export.plan import (
     type_patterns,
 )
 from qronos_export.proof import Held, float_file, held_out_file, reference
+from qronos_export.provenance import dataset_of, file_facts, model_facts
 from qronos_export.recipe import Recipe
 from qronos_export.report import Artifact, LayerReport, RunReport
 from qronos_export.streams import calibrate, round_to_nearest, rounded_cache
@@ -139,7 +140,7 @@ def run(
             corpus.check_length(text, checkpoint, 2 * held.context)
         clock = Clock()
         result = RunReport(
-            model={"name": checkpoint.name, "source": checkpoint.source, "revision": checkpoint.revision},
+            model={},  # known with the float file
             recipe=replayable(recipe, checkpoint, device).to_json(),
             versions=versions,
             device=str(device),
@@ -154,6 +155,7 @@ def run(
         original, tokens = checkpoint, None
         reference_file = float_file(original, llamacpp, folder)
         source = gguf.GGUFFile(reference_file)
+        result.model, result.notes = model_facts(checkpoint, source)
         mixes = [choose_types(source, name, recipe, llamacpp) for name in paths]  # refuses before anything takes time
         for tensor in dict.fromkeys(tensor for each in mixes for tensor in each.quantized):
             check_activations(recipe.activations, tensor, source.tensors[tensor].columns)
@@ -212,7 +214,8 @@ def run(
         for done, each in enumerate(outputs, start=1):
             if "gguf" in recipe.artifacts:
                 file = folder / each.path.name
-                gguf.write_gguf(source, each.store, each.mix.file_type, file)
+                facts = file_facts(source, result.recipe, each.mix.name, result.model, result.calibration)
+                gguf.write_gguf(source, each.store, each.mix.file_type, file, facts)
                 bits = gguf.verify_gguf(file, source, each.store).bits_per_weight
                 result.artifacts.append(
                     Artifact(file.name, each.mix.name, file.stat().st_size, bits, report.sha256(file))
@@ -334,7 +337,12 @@ def _draw(
         on_progress=on_progress,
     )
     clock.lap("calibration")
-    result.calibration = {"text": drawn.description, "tokens": drawn.tokens.numel(), "sha256": drawn.sha256}
+    result.calibration = {
+        "text": drawn.description,
+        "tokens": drawn.tokens.numel(),
+        "sha256": drawn.sha256,
+        "dataset": dataset_of(recipe.calibration),
+    }
     return drawn.tokens.to(device)
 
 

@@ -10,12 +10,12 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 OUTSIDE = {  # third-party packages, and the only places that may import them
-    "typer": ("qronos_export/cli.py",),
+    "typer": ("qronos_export/cli.py", "qronos_export/commands/"),
     "rich": ("qronos_export/cli.py",),
     "transformers": ("qronos_export/checkpoint/",),
     "safetensors": ("qronos_export/checkpoint/",),
     "tokenizers": ("qronos_export/checkpoint/",),
-    "huggingface_hub": ("qronos_export/checkpoint/",),
+    "huggingface_hub": ("qronos_export/checkpoint/", "qronos_export/card.py", "qronos_export/publish.py"),
     "gguf": ("qronos_export/artifact/gguf.py",),
     "onnx": ("qronos_export/artifact/onnx_",),
     "onnxruntime": ("qronos_export/artifact/onnx_session.py",),
@@ -24,20 +24,26 @@ OUTSIDE = {  # third-party packages, and the only places that may import them
     "greenlet": ("qronos_export/suspended.py",),
     "lm_eval": ("qronos_export/tasks.py",),
     "tqdm": ("qronos_export/tasks.py",),
-    "yaml": ("qronos_export/recipe.py",),
+    "yaml": ("qronos_export/recipe.py", "qronos_export/card.py"),
     "torch": ("formats/", "qronos_export/"),
     "numpy": ("formats/", "qronos_export/artifact/"),
 }
 LEAVES = {"errors", "cache", "device", "memory", "statistics", "process"}  # for anyone; they import one another only
 INSIDE = {  # a module of qronos_export, and what else of qronos_export it may import
     "cli": {
-        "conversion", "evaluation", "pipeline", "recipe", "report", "llamacpp", "llamacpp_build", "proof", "validation",
-        "",
+        "commands", "conversion", "evaluation", "pipeline", "recipe", "report", "llamacpp", "llamacpp_build", "proof",
+        "validation", "",
     },
     "__main__": {"cli"},
+    "commands": {"card", "llamacpp", "publish", "results", "validation"},
+    "publish": {"artifact", "card", "checkpoint", "llamacpp", "report", "results", "validation", "workspace"},
+    "card": {"report", "results"},
+    "results": {"report", "validation"},
+    "provenance": {"", "artifact", "checkpoint"},
     "pipeline": {
         "activations", "artifact", "attention", "checkpoint", "calibration", "corpus", "llamacpp", "onnx_export",
-        "onnx_validation", "plan", "proof", "recipe", "report", "streams", "transformed", "validation", "workspace",
+        "onnx_validation", "plan", "proof", "provenance", "recipe", "report", "streams", "transformed", "validation",
+        "workspace",
     },
     "conversion": {"artifact", "checkpoint", "onnx_export", "pipeline", "recipe", "report", "workspace"},
     "onnx_export": {"artifact", "checkpoint", "onnx_validation", "recipe", "report"},
