@@ -171,7 +171,7 @@ def test_the_float_file_has_the_checkpoints_own_type(export: Export) -> None:
 
 def data_bytes(file: GGUFFile) -> int:
     """All that comes after the metadata, in which ours says more than llama-quantize's."""
-    return file.path.stat().st_size - min(tensor.offset for tensor in file.tensors.values())
+    return file.path.stat().st_size - file.reader.data_offset
 
 
 def metadata(file: GGUFFile) -> dict[str, Any]:

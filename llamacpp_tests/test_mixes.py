@@ -43,6 +43,11 @@ def run(recipe: Recipe, output: Path, llamacpp: LlamaCpp) -> tuple[RunReport, di
     return finished.report, {a.format: GGUFFile(output / a.path) for a in finished.report.artifacts}
 
 
+def data_bytes(file: GGUFFile) -> int:
+    """All that comes after the metadata, in which ours says more than llama-quantize's."""
+    return file.path.stat().st_size - file.reader.data_offset
+
+
 def types(file: GGUFFile) -> dict[str, str]:
     """Of all tensors but the scales that NVFP4 may have beside it."""
     return {tensor.name: tensor.type for tensor in file.tensors.values() if not tensor.name.endswith(".scale")}

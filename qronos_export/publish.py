@@ -210,19 +210,16 @@ def _explained(error: BaseException, repository: str, revision: str) -> str:
     chain = [error]
     while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None:
         chain.append(cause)
-    what = next((str(each) for each in chain if str(each).startswith("Error while uploading")), "")
+    file = next((str(each) for each in chain if str(each).startswith("Error while uploading")), "")
     refused = next((each for each in chain if isinstance(each, HfHubHTTPError)), None)
-    again = "Run the command again: what the hub has already is not sent again."
-    endpoint = constants.ENDPOINT
+    wrong = isinstance(error, ValueError)  # something of ours, such as metadata of the card
+    again = "" if wrong else "Run the command again: what the hub has already is not sent again."
     if refused is None:
-        said = " ".join(str(chain[-1] if what else error).split()) or type(error).__name__
-        if isinstance(error, ValueError):
-            return f"{repository}: {said}"
-        return (
-            f"{what or repository + ' could not be published:'} the connection to {endpoint} failed ({said}). {again}"
-        )
+        said = " ".join(str(chain[-1] if file else error).split()) or type(chain[-1]).__name__
+        what = f"{repository} could not be published at {constants.ENDPOINT}: {file} {said.rstrip('.')}. {again}"
+        return " ".join(what.split())
     status = refused.response.status_code
-    said = " ".join(str(refused.server_message or "").split()) or f"{refused.response.reason_phrase}"
+    said = " ".join(str(refused.server_message or refused.response.reason_phrase).split())
     advice = {
         401: "The token is not valid there; run `hf auth login` with one that may write, or set HF_TOKEN.",
         403: f"The token may not write to {repository}; use one with that right, or a repository of your own.",
@@ -230,7 +227,7 @@ def _explained(error: BaseException, repository: str, revision: str) -> str:
         409: f"Someone else changed {repository} meanwhile. {again}",
         413: "Something is larger than the hub takes; use a smaller --split-size.",
         429: f"The hub asks to slow down; wait some minutes. {again}",
-    }.get(status, again if status >= 500 else "")
-    return f"{endpoint} answered {status} for {repository}: {said.rstrip('.')}. {what} {advice}".replace(
-        "  ", " "
-    ).strip()
+    }.get(status, again)
+    return " ".join(
+        f"{constants.ENDPOINT} answered {status} for {repository}: {said.rstrip('.')}. {file} {advice}".split()
+    )
