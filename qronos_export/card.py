@@ -192,7 +192,8 @@ def _running(results: Results, repository: str | None, parts: Mapping[str, list[
         sections += ["onnxruntime-genai:", *(_fence("python", *_genai(name)) for name in genai)]
     if js:
         lines = [f'await pipeline("text-generation", "./{name}", {{ dtype: "q4" }});' for name in js]
-        sections += ["transformers.js:", _fence("js", *lines)]
+        package = 'import { pipeline } from "@huggingface/transformers";'
+        sections += ["transformers.js:", _fence("js", package, "", *lines)]
     return "\n\n".join(sections) if len(sections) > 1 else ""
 
 
