@@ -119,6 +119,14 @@ def test_the_files_say_where_they_come_from(quantized: Path, llamacpp: LlamaCpp)
     assert llamacpp.vocabulary(file.path) == len(file.stated("tokenizer.ggml.tokens"))
 
 
+@pytest.mark.parametrize("card", ["language: [en, no]", "license: [mit"])
+def test_a_card_that_upstream_stumbles_over_costs_its_keys_alone(card: str, llamacpp: LlamaCpp, tmp_path: Path) -> None:
+    model = make("llama", tmp_path / "tiny", num_hidden_layers=1)
+    plain = llamacpp.convert(model, tmp_path / "plain.gguf", "f32").read_bytes()
+    (model / "README.md").write_text(f"---\n{card}\n---\n")
+    assert llamacpp.convert(model, tmp_path / "float.gguf", "f32").read_bytes() == plain
+
+
 def test_the_card_is_the_report_in_words(results: Path, run: Run) -> None:
     code, out, _ = run("card", results, REPOSITORY)
     assert code == 0 and out.strip() == str(results / "README.md")

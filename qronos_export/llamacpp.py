@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ TOOLS = ("llama-perplexity", "llama-quantize", "llama-imatrix", "llama-completio
 SPLITTER = "llama-gguf-split"  # needed for files too large to publish in one piece alone
 INSTALLED = "`qronos-export llamacpp install`"  # the origin of our own
 CONVERTER = "convert_hf_to_gguf.py"
+CARD = "README.md"
 
 OnChunk = Callable[[int, int], None]  # (chunks done, chunks in all)
 P = ParamSpec("P")
@@ -68,8 +70,9 @@ class LlamaCpp:
     def convert(self, checkpoint: Path, destination: Path, outtype: str) -> Path:
         """A Hugging Face folder as one float GGUF file; `outtype`: f32, f16, bf16 or auto.
 
-        Runs upstream's converter in this Python, offline. Raises CheckpointError when llama.cpp does not know the
-        architecture or the tokenizer.
+        Runs upstream's converter in this Python, offline. It takes metadata out of a README.md and stumbles over some (a
+        language `no`, which YAML takes for false); then it gets the folder without that file. Raises CheckpointError
+        when llama.cpp does not know the architecture or the tokenizer.
         """
         if self.source is None:
             raise LlamaCppError(
@@ -82,13 +85,18 @@ class LlamaCpp:
         # PyPI's gguf carries upstream's version number but not upstream's code, and the converter crashes with it.
         modules = os.pathsep.join(filter(None, [str(self.source / "gguf-py"), os.environ.get("PYTHONPATH")]))
         environment = {"PYTHONPATH": modules, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "PYTHONUTF8": "1"}
-        with _whole(destination) as partial:
-            arguments: list[str | Path] = [checkpoint.absolute(), "--outfile", partial, "--outtype", outtype]
-            command: list[str | Path] = [sys.executable, self.source / CONVERTER, *arguments]
-            try:
+        try:
+            with _whole(destination) as partial:
+                arguments: list[str | Path] = [checkpoint.absolute(), "--outfile", partial, "--outtype", outtype]
+                command: list[str | Path] = [sys.executable, self.source / CONVERTER, *arguments]
                 run(command, time_limit=self.time_limit, on_line=printed.append, environment=environment)
-            except LlamaCppError as error:
-                raise _refused(checkpoint, printed, self.version) or error from None
+        except LlamaCppError:
+            if refused := _refused(checkpoint, printed, self.version):
+                raise refused from None
+            if not (checkpoint / CARD).is_file():
+                raise
+            with _without_card(checkpoint) as bare:
+                return self.convert(bare, destination, outtype)
         return destination
 
     def quantize(
@@ -412,6 +420,18 @@ def _refused(checkpoint: Path, printed: Sequence[str], version: str) -> Checkpoi
             "split. Check that tokenizer.json is the original one, or use a llama.cpp that knows it."
         )
     return None
+
+
+@contextmanager
+def _without_card(checkpoint: Path) -> Iterator[Path]:
+    """A folder of the same name with links to all files of `checkpoint` but its model card."""
+    with tempfile.TemporaryDirectory(prefix="qronos-export-") as scratch:
+        bare = Path(scratch) / checkpoint.resolve().name
+        bare.mkdir()
+        for file in checkpoint.absolute().iterdir():
+            if file.name != CARD:
+                (bare / file.name).symlink_to(file)
+        yield bare
 
 
 @contextmanager

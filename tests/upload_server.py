@@ -126,7 +126,7 @@ class _Handler(BaseHTTPRequestHandler):
             case "POST", ["api", "validate-yaml"]:
                 errors = _metadata_errors(json.loads(body)["content"])
                 return (400 if errors else 200), {"errors": errors, "warnings": []}, {}
-            case "GET", ["api", "models", owner, name, *_]:
+            case "GET", ["api", "models", owner, name] | ["api", "models", owner, name, "revision", _]:
                 repository = f"{owner}/{name}"
                 if repository not in hub.branches:
                     return 404, {}, {"X-Error-Code": "RepoNotFound", "X-Error-Message": "Repository not found"}
