@@ -70,8 +70,8 @@ class LlamaCpp:
     def convert(self, checkpoint: Path, destination: Path, outtype: str) -> Path:
         """A Hugging Face folder as one float GGUF file; `outtype`: f32, f16, bf16 or auto.
 
-        Runs upstream's converter in this Python, offline. It takes metadata out of a README.md and stumbles over some (a
-        language `no`, which YAML takes for false); then it gets the folder without that file. Raises CheckpointError
+        Runs upstream's converter in this Python, offline. It takes metadata out of a README.md and stumbles over some
+        (a language `no`, which YAML takes for false); then it gets the folder without that file. Raises CheckpointError
         when llama.cpp does not know the architecture or the tokenizer.
         """
         if self.source is None:
