@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from qronos_export import __version__
+from qronos_export.commands.card import card
 from qronos_export.commands.compare import compare
 from qronos_export.commands.options import (
     CacheKOption,
@@ -34,6 +35,7 @@ from qronos_export.commands.options import (
 from qronos_export.commands.options import console as _console
 from qronos_export.commands.options import progress as _progress
 from qronos_export.commands.options import table as _table
+from qronos_export.commands.publish import publish
 from qronos_export.commands.validate import validate
 from qronos_export.errors import QronosError, UsageError
 from qronos_export.recipe import RECIPE_FIELDS, Recipe, load_recipe, plain_value, recipe_from, shipped
@@ -382,6 +384,10 @@ def _setting_of(given: str) -> tuple[str, Any]:
     if not (separator and key):
         raise UsageError(f"--set {given} is not KEY=VALUE; write for example --set format=INT4_G128.")
     return key, plain_value(value)
+
+
+app.command()(card)
+app.command()(publish)
 
 
 @recipe_app.command("list")

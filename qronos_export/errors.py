@@ -10,6 +10,7 @@
     ├── OutputError           the place to write to: occupied, full, read-only
     ├── OutOfMemoryError      of this machine or its GPU; the message says in which phase, and what needs less
     ├── LlamaCppError         llama.cpp is missing, too old, or a tool of it failed
+    ├── PublishError          results are not fit to be published, or the hub did not take them
     ├── TaskError             a zero-shot task or its data cannot be read or run
     └── GateError             validation ran and the file missed a limit
 
@@ -56,6 +57,10 @@ class OutOfMemoryError(QronosError):
 
 
 class LlamaCppError(QronosError):
+    pass
+
+
+class PublishError(QronosError):
     pass
 
 

@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,8 +26,10 @@ PINNED = "b11549"
 VARIABLE = "QRONOS_EXPORT_LLAMACPP"
 TOOLS = ("llama-perplexity", "llama-quantize", "llama-imatrix", "llama-completion")
 BENCH = "llama-bench"  # needed for `compare --speed` alone
+SPLITTER = "llama-gguf-split"  # needed for files too large to publish in one piece alone
 INSTALLED = "`qronos-export llamacpp install`"  # the origin of our own
 CONVERTER = "convert_hf_to_gguf.py"
+CARD = "README.md"
 
 OnChunk = Callable[[int, int], None]  # (chunks done, chunks in all)
 P = ParamSpec("P")
@@ -68,8 +71,9 @@ class LlamaCpp:
     def convert(self, checkpoint: Path, destination: Path, outtype: str) -> Path:
         """A Hugging Face folder as one float GGUF file; `outtype`: f32, f16, bf16 or auto.
 
-        Runs upstream's converter in this Python, offline. Raises CheckpointError when llama.cpp does not know the
-        architecture or the tokenizer.
+        Runs upstream's converter in this Python, offline. It takes metadata out of a README.md and stumbles over some
+        (a language `no`, which YAML takes for false); then it gets the folder without that file. Raises CheckpointError
+        when llama.cpp does not know the architecture or the tokenizer.
         """
         if self.source is None:
             raise LlamaCppError(
@@ -82,13 +86,18 @@ class LlamaCpp:
         # PyPI's gguf carries upstream's version number but not upstream's code, and the converter crashes with it.
         modules = os.pathsep.join(filter(None, [str(self.source / "gguf-py"), os.environ.get("PYTHONPATH")]))
         environment = {"PYTHONPATH": modules, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "PYTHONUTF8": "1"}
-        with _whole(destination) as partial:
-            arguments: list[str | Path] = [checkpoint.absolute(), "--outfile", partial, "--outtype", outtype]
-            command: list[str | Path] = [sys.executable, self.source / CONVERTER, *arguments]
-            try:
+        try:
+            with _whole(destination) as partial:
+                arguments: list[str | Path] = [checkpoint.absolute(), "--outfile", partial, "--outtype", outtype]
+                command: list[str | Path] = [sys.executable, self.source / CONVERTER, *arguments]
                 run(command, time_limit=self.time_limit, on_line=printed.append, environment=environment)
-            except LlamaCppError as error:
-                raise _refused(checkpoint, printed, self.version) or error from None
+        except LlamaCppError:
+            if refused := _refused(checkpoint, printed, self.version):
+                raise refused from None
+            if not (checkpoint / CARD).is_file():
+                raise
+            with _without_card(checkpoint) as bare:
+                return self.convert(bare, destination, outtype)
         return destination
 
     def quantize(
@@ -132,6 +141,25 @@ class LlamaCpp:
         if not planned.types:
             raise LlamaCppError(f"llama-quantize --dry-run listed no tensors of {source}. {self._hint()}")
         return planned
+
+    def parts(self, file: Path, megabytes: int) -> int:
+        """How many files `split` would write, without writing."""
+        return log.parts(self._split(file, megabytes, file, "--dry-run"), file)
+
+    def split(self, file: Path, megabytes: int, folder: Path) -> list[Path]:
+        """`llama-gguf-split`: `file` as <stem>-00001-of-0000N.gguf, … in `folder`, none with more than `megabytes` MB
+        of tensors; llama.cpp opens all by the first. Raises LlamaCppError where a tensor is larger than that."""
+        count = log.parts(self._split(file, megabytes, folder / file.stem), file)
+        return [folder / part for part in part_names(file.name, count)]
+
+    def _split(self, file: Path, megabytes: int, stem: Path, *options: str) -> str:
+        if not (self.bin_folder / SPLITTER).is_file():
+            raise LlamaCppError(
+                f"{file.name} has to be published in parts, and {self.bin_folder} has no {SPLITTER}. "
+                f"Run `qronos-export llamacpp install`, build that target there too, or raise --split-size."
+            )
+        limit = ["--split-max-size", f"{megabytes}M"]
+        return self._run(SPLITTER, ["--split", *limit, *options, _model(file), stem.absolute()])
 
     def quantize_types(self) -> dict[str, int | None]:
         """The names `llama-quantize` accepts, and the numbers that `general.file_type` says them by."""
@@ -354,6 +382,12 @@ def installed_folder() -> Path:
     return cache_folder() / f"llamacpp-{PINNED}"
 
 
+def part_names(name: str, count: int) -> list[str]:
+    """What `LlamaCpp.split` calls the parts of the GGUF file `name`."""
+    stem = name.removesuffix(".gguf")
+    return [f"{stem}-{number:05}-of-{count:05}.gguf" for number in range(1, count + 1)]
+
+
 def logits_bytes(vocabulary: int, context: int, chunks: int) -> int:
     """Size of the file `--kl-divergence-base` writes, to the byte.
 
@@ -399,6 +433,18 @@ def _refused(checkpoint: Path, printed: Sequence[str], version: str) -> Checkpoi
             "split. Check that tokenizer.json is the original one, or use a llama.cpp that knows it."
         )
     return None
+
+
+@contextmanager
+def _without_card(checkpoint: Path) -> Iterator[Path]:
+    """A folder of the same name with links to all files of `checkpoint` but its model card."""
+    with tempfile.TemporaryDirectory(prefix="qronos-export-") as scratch:
+        bare = Path(scratch) / checkpoint.resolve().name
+        bare.mkdir()
+        for file in checkpoint.absolute().iterdir():
+            if file.name != CARD:
+                (bare / file.name).symlink_to(file)
+        yield bare
 
 
 @contextmanager

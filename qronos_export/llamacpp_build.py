@@ -22,6 +22,7 @@ from qronos_export.llamacpp import (
     CONVERTER,
     INSTALLED,
     PINNED,
+    SPLITTER,
     TOOLS,
     VARIABLE,
     LlamaCpp,
@@ -47,7 +48,7 @@ CMAKE_FLAGS = (
 )
 DISK_BYTES = 2 * 10**9  # sdist, its contents and the object files, together and with room
 STEP_LIMIT = 4 * 3600.0  # seconds; the build itself takes about 13 CPU-minutes
-BUILT = (*TOOLS, BENCH)
+BUILT = (*TOOLS, BENCH, SPLITTER)
 
 OnLine = Callable[[str], None]
 

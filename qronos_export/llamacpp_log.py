@@ -271,6 +271,14 @@ def vocabulary(text: str, model: Path) -> int:
     return int(tokens[1])
 
 
+def parts(text: str, model: Path) -> int:
+    """How many files llama-gguf-split makes of one, from "n_split: 3"."""
+    found = re.search(r"^n_split: (\d+)$", text, re.MULTILINE)
+    if found is None:
+        raise LlamaCppError(f"llama-gguf-split did not say into how many parts {model} goes.")
+    return int(found[1])
+
+
 def version(text: str) -> str:
     """From `--version`: "version: 0.6.0-dev (build 11549, commit xllamacpp)", formerly "version: 6000 (1a2b3c4)"."""
     for pattern in (r"version: .*\(build (\d+), commit (\S+)\)", r"version: (\d+) \((\S+)\)"):

@@ -40,6 +40,7 @@ from qronos_export.plan import (
     type_patterns,
 )
 from qronos_export.proof import Held, float_file, held_out_file, reference
+from qronos_export.provenance import dataset_of, file_facts, model_facts
 from qronos_export.ranks import ALONE, Ranks
 from qronos_export.recipe import Recipe
 from qronos_export.report import Artifact, LayerReport, RunReport
@@ -203,7 +204,7 @@ def _run(
             corpus.check_length(text, checkpoint, 2 * held.context)
         clock = Clock()
         result = RunReport(
-            model={"name": checkpoint.name, "source": checkpoint.source, "revision": checkpoint.revision},
+            model={},  # known with the float file
             recipe=replayable(recipe, checkpoint, device).to_json(),
             versions=versions,
             device=str(device),
@@ -218,6 +219,7 @@ def _run(
         original, tokens = checkpoint, None
         reference_file = _float_file("float", original, llamacpp, pieces)
         source = gguf.GGUFFile(reference_file)
+        result.model, result.notes = model_facts(checkpoint, source)
         mixes = [choose_types(source, name, recipe, llamacpp) for name in paths]  # refuses before anything takes time
         for tensor in dict.fromkeys(tensor for each in mixes for tensor in each.quantized):
             check_activations(recipe.activations, tensor, source.tensors[tensor].columns)
@@ -285,7 +287,8 @@ def _run(
         for done, each in enumerate(outputs, start=1):
             if "gguf" in recipe.artifacts:
                 file = folder / each.path.name
-                gguf.write_gguf(source, each.store, each.mix.file_type, file)
+                facts = file_facts(source, result.recipe, each.mix.name, result.model, result.calibration)
+                gguf.write_gguf(source, each.store, each.mix.file_type, file, facts)
                 bits = gguf.verify_gguf(file, source, each.store).bits_per_weight
                 result.artifacts.append(
                     Artifact(file.name, each.mix.name, file.stat().st_size, bits, report.sha256(file))
@@ -518,7 +521,12 @@ def _draw(
             on_progress=on_progress,
         )
         drawn.tokens.numpy().tofile(folder / "tokens")
-        return {"text": drawn.description, "tokens": drawn.tokens.numel(), "sha256": drawn.sha256}
+        return {
+            "text": drawn.description,
+            "tokens": drawn.tokens.numel(),
+            "sha256": drawn.sha256,
+            "dataset": dataset_of(recipe.calibration),
+        }
 
     place, result.calibration = pieces.made("tokens", make)
     clock.lap("calibration")

@@ -122,6 +122,11 @@ class GGUFFile:
         field = self.reader.fields.get(gguf.Keys.General.ARCHITECTURE)
         return "" if field is None else str(field.contents())
 
+    def stated(self, key: str) -> Any:
+        """What the file's metadata says under `key`; None where it says nothing."""
+        field = self.reader.fields.get(key)
+        return None if field is None else field.contents()
+
     @property
     def bits_per_weight(self) -> float:
         """Stored bits of all tensors divided by their weights."""
@@ -342,10 +347,34 @@ def _reserve(path: Path, size: int) -> None:
                 file.write(bytes(min(_CHUNK, size - start)))
 
 
-def write_gguf(source: GGUFFile, store: BlockStore, file_type: int, destination: Path) -> None:
+def lineage(source: GGUFFile, repository: str) -> dict[str, str | int]:
+    """The keys by which upstream's converter names the hub's model `repository` (owner/name) that a file was made from.
+
+    `general.source.*` is what was converted. `general.base_model.*` are the parents of a model: those that its card
+    states are in `source` already, else the quantized file's parent is the model itself.
+    """
+    url = f"https://huggingface.co/{repository}"
+    facts: dict[str, str | int] = {gguf.Keys.General.SOURCE_REPO_URL: url}
+    if source.stated(gguf.Keys.General.BASE_MODEL_COUNT) is None:
+        organization, _, name = repository.partition("/")
+        facts[gguf.Keys.General.BASE_MODEL_COUNT] = 1
+        facts[gguf.Keys.General.BASE_MODEL_NAME.format(id=0)] = gguf.Metadata.id_to_title(name)
+        facts[gguf.Keys.General.BASE_MODEL_ORGANIZATION.format(id=0)] = gguf.Metadata.id_to_title(organization)
+        facts[gguf.Keys.General.BASE_MODEL_REPO_URL.format(id=0)] = url
+    return facts
+
+
+def write_gguf(
+    source: GGUFFile,
+    store: BlockStore,
+    file_type: int,
+    destination: Path,
+    facts: Mapping[str, str | int] | None = None,
+) -> None:
     """Write `source` again with the tensors of `store` in their blocks; everything else byte for byte as it is.
 
     file_type: llama.cpp's number of the mix, for `general.file_type`.
+    facts: further metadata; a number becomes an uint32. A key that `source` has gets the new value.
     """
     writer = gguf.GGUFWriter(destination, arch="", use_temp_file=False)
     writer.kv_data[0].clear()
@@ -359,6 +388,9 @@ def write_gguf(source: GGUFFile, store: BlockStore, file_type: int, destination:
     writer.kv_data[0].pop(gguf.Keys.General.QUANTIZATION_VERSION, None)
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     writer.add_file_type(file_type)
+    for key, value in (facts or {}).items():
+        writer.kv_data[0].pop(key, None)
+        writer.add_key_value(key, value, _TEXT if isinstance(value, str) else gguf.GGUFValueType.UINT32)
 
     for tensor in source.tensors.values():
         fmt = store.formats.get(tensor.name)
@@ -412,6 +444,7 @@ def verify_gguf(path: Path, source: GGUFFile, store: BlockStore) -> GGUFFile:
 
 UNKNOWN_UPSTREAM = frozenset({"Q1_0", "Q2_0"})
 """Types that gguf-py has no dequantize for."""
+_TEXT = gguf.GGUFValueType.STRING
 _NUMBERS = {name: number for number, (name, *_) in TYPES.items()}
 
 

@@ -5,19 +5,24 @@ weights that are already quantized and code that comes with a checkpoint (unless
 """
 
 from .attention import attention_windows, head_sizes, round_cache
+from .base_card import BaseCard, base_card
 from .from_gguf import unpack
+from .hub import looks_like_id
 from .lazy import LazyModel, load_whole
 from .source import Checkpoint, open_checkpoint
 from .tokens import opening_token, tokenizer
 from .writer import CheckpointWriter
 
 __all__ = [
+    "BaseCard",
     "Checkpoint",
     "CheckpointWriter",
     "LazyModel",
     "attention_windows",
+    "base_card",
     "head_sizes",
     "load_whole",
+    "looks_like_id",
     "open_checkpoint",
     "opening_token",
     "round_cache",

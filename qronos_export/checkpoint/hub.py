@@ -6,7 +6,7 @@ from pathlib import Path
 from qronos_export.errors import CheckpointError
 
 HUB_ID = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@([\w./-]+))?")  # owner/name@revision
-WANTED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+WANTED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "README.md", "LICENSE*"]
 
 
 def looks_like_id(model: str) -> bool:
