@@ -10,14 +10,14 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 OUTSIDE = {  # third-party packages, and the only places that may import them
-    "typer": ("qronos_export/cli.py",),
-    "rich": ("qronos_export/cli.py",),
+    "typer": ("qronos_export/cli.py", "qronos_export/commands/"),
+    "rich": ("qronos_export/cli.py", "qronos_export/commands/"),
     "transformers": ("qronos_export/checkpoint/",),
     "safetensors": ("qronos_export/checkpoint/",),
     "tokenizers": ("qronos_export/checkpoint/",),
     "huggingface_hub": ("qronos_export/checkpoint/",),
     "gguf": ("qronos_export/artifact/gguf.py",),
-    "onnx": ("qronos_export/artifact/onnx_",),
+    "onnx": ("qronos_export/artifact/onnx_", "qronos_export/inspection/onnx_"),
     "onnxruntime": ("qronos_export/artifact/onnx_session.py",),
     "onnxruntime_genai": ("qronos_export/artifact/onnx_builder.py",),
     "datasets": ("qronos_export/corpus.py",),
@@ -31,9 +31,10 @@ OUTSIDE = {  # third-party packages, and the only places that may import them
 LEAVES = {"errors", "cache", "device", "memory", "statistics", "process"}  # for anyone; they import one another only
 INSIDE = {  # a module of qronos_export, and what else of qronos_export it may import
     "cli": {
-        "conversion", "evaluation", "pipeline", "recipe", "report", "llamacpp", "llamacpp_build", "proof", "validation",
-        "",
+        "commands", "conversion", "evaluation", "pipeline", "recipe", "report", "llamacpp", "llamacpp_build", "proof",
+        "validation", "",
     },
+    "commands": {"inspection"},
     "__main__": {"cli"},
     "pipeline": {
         "activations", "artifact", "attention", "checkpoint", "calibration", "corpus", "llamacpp", "onnx_export",
@@ -52,6 +53,7 @@ INSIDE = {  # a module of qronos_export, and what else of qronos_export it may i
     },
     "proof": {"checkpoint", "corpus", "llamacpp", "onnx_validation", "validation"},
     "workspace": {"checkpoint", "recipe"},
+    "inspection": {"artifact"},
     "layers": {"artifact", "attention", "calibration", "plan", "report", "rounding"},
     "plan": {"artifact", "recipe"},
     "calibration": {"suspended"},
@@ -103,6 +105,7 @@ def violations(path: str, source: str) -> list[str]:
                 "evaluation",
                 "kv_cache",
                 "conversion",
+                "inspection",
                 "onnx_export",
                 "report",
             }

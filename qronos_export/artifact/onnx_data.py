@@ -102,7 +102,9 @@ def check(tensor: TensorProto, folder: Path) -> None:
         )
     numbers = [place.get(key, "0") for key in ("offset", "length")]
     if not all(number.isdecimal() and len(number) < 20 for number in numbers):
-        raise ArtifactError(f"{tensor.name} of the model in {folder} lies at {' + '.join(n[:20] for n in numbers)}, which is no place.")
+        raise ArtifactError(
+            f"{tensor.name} of the model in {folder} lies at {' + '.join(n[:20] for n in numbers)}, which is no place."
+        )
     if path.stat().st_size < sum(map(int, numbers)):
         raise ArtifactError(f"{path} ends inside {tensor.name}: the file is truncated. Copy it again.")
 

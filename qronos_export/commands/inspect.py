@@ -26,7 +26,9 @@ _TENSORS = 4096  # rows of a table
 
 def inspect(
     file: Annotated[Path, typer.Argument(help="A .gguf, also a part of a split, an .onnx, or a folder with one.")],
-    check: Annotated[bool, typer.Option("--check", help="Say what is wrong with it; exits 1 where it is an error.")] = False,
+    check: Annotated[
+        bool, typer.Option("--check", help="Say what is wrong with it; exits 1 where it is an error.")
+    ] = False,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print all of it as JSON, with statistics of every tensor.")
     ] = False,

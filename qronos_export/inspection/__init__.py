@@ -1,5 +1,7 @@
-"""Looks into model files, anyone's and hostile ones: GGUF and ONNX. Nothing in them is executed, and nothing is believed
-before it is compared with the file's size."""
+"""Looks into model files, anyone's and hostile ones: GGUF and ONNX.
+
+Nothing in them is executed, and nothing is believed before it is compared with the file's size.
+"""
 
 from __future__ import annotations
 

@@ -117,7 +117,9 @@ class Inspection:
     @property
     def total(self) -> TypeFacts:
         types = self.types
-        tensors, weights, size = (sum(getattr(each, name) for each in types) for name in ("tensors", "weights", "bytes"))
+        tensors, weights, size = (
+            sum(getattr(each, name) for each in types) for name in ("tensors", "weights", "bytes")
+        )
         return TypeFacts("all", tensors, weights, size)
 
     def to_json(self, *, checked: bool) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """The header of a GGUF file, read without trust: every length is compared with what is left before anything is read.
 
     "GGUF" | u32 version | u64 tensors | u64 keys | keys × (string, u32 type, value) | tensors × info | padding | data
-    string: u64 length, bytes      array: u32 type, u64 count, values      info: string, u32 n, n × u64, u32 type, u64 offset
+    string: u64 length, bytes    array: u32 type, u64 count, values    info: string, u32 n, n × u64, u32 type, u64 offset
 
 Versions 2 and 3, little endian. What is kept is bounded by `_KEPT`, what is walked by the file's size and `_ENTRIES`.
 Upstream's reader makes an object of every entry of every array, and believes counts.
@@ -247,7 +247,9 @@ def _value(cursor: _Cursor, what: str, strings: int) -> tuple[Entry, int | None]
     if kind != _TEXT:
         raise _Stop(f"{what} is an array of type {kind}; llama.cpp reads arrays of numbers and strings alone")
     if count > min(strings, cursor.left // 8):
-        raise _Stop(f"{what} is an array of {count} strings, more than {'fit' if count <= strings else 'any model has'}")
+        raise _Stop(
+            f"{what} is an array of {count} strings, more than {'fit' if count <= strings else 'any model has'}"
+        )
     texts = [cursor.text(what, _STRING).value for _ in range(min(count, _FIRST))]
     cursor.skip_strings(count - len(texts), what)
     return Entry("array of string", texts, count), at
@@ -264,7 +266,9 @@ def _alignment(header: Header) -> int:
     entry = header.metadata.get(_ALIGNMENT, Entry("uint32", 32))
     if entry.kind == "uint32" and entry.value and entry.value & (entry.value - 1) == 0:
         return int(entry.value)
-    header.findings.append(Finding(ERROR, _ALIGNMENT, f"{shown(str(entry.value))[:80]} ({entry.kind}) is no power of 2"))
+    header.findings.append(
+        Finding(ERROR, _ALIGNMENT, f"{shown(str(entry.value))[:80]} ({entry.kind}) is no power of 2")
+    )
     return 32
 
 

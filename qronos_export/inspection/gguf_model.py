@@ -73,9 +73,7 @@ def _layout(header: Header) -> tuple[list[Finding], set[int]]:
     read twice however often a hostile header names it."""
     findings = []
     names = Counter(info.name for info in header.tensors)
-    findings += [
-        Finding(ERROR, name, f"{count} tensors have this name") for name, count in names.items() if count > 1
-    ]
+    findings += [Finding(ERROR, name, f"{count} tensors have this name") for name, count in names.items() if count > 1]
     expected: int | None = 0
     readable = set()
     for info in header.tensors:
@@ -83,7 +81,7 @@ def _layout(header: Header) -> tuple[list[Finding], set[int]]:
         findings += [Finding(ERROR, info.name, what) for what in wrong]
         if expected is not None and info.offset != expected:
             if not wrong:
-                what = f"it begins at {info.offset} of the data; llama.cpp wants tensors one after another, here {expected}"
+                what = f"it begins at {info.offset} of the data; llama.cpp wants no gaps, so {expected}"
                 findings.append(Finding(ERROR, info.name, what))
             expected = None  # one gap moves all that follow
         if expected is not None:
@@ -145,9 +143,7 @@ def _tokenizer(header: Header) -> dict[str, Any]:
     """Model, number of tokens, and special tokens with their texts; empty where the file has no tokenizer."""
     metadata = header.metadata
     found: dict[str, Any] = {
-        name: metadata[f"{_TOKENIZER}{name}"].value
-        for name in ("model", "pre")
-        if f"{_TOKENIZER}{name}" in metadata
+        name: metadata[f"{_TOKENIZER}{name}"].value for name in ("model", "pre") if f"{_TOKENIZER}{name}" in metadata
     }
     tokens = metadata.get(_TOKENS)
     if tokens is not None and tokens.kind == "array of string":
@@ -183,7 +179,9 @@ def _tokenizer_findings(header: Header) -> Iterator[Finding]:
         return
     architecture = metadata.get("general.architecture")
     if architecture is None or architecture.kind != "string":
-        yield Finding(ERROR, "general.architecture", "the key is missing or no string; llama.cpp does not know the model")
+        yield Finding(
+            ERROR, "general.architecture", "the key is missing or no string; llama.cpp does not know the model"
+        )
         return
     embedding = next((info for info in header.tensors if info.name == "token_embd.weight"), None)
     if embedding is None and f"{architecture.value}.context_length" not in metadata:
@@ -203,9 +201,13 @@ def _tokenizer_findings(header: Header) -> Iterator[Finding]:
     if model.value in _MERGES and (merges is None or merges.kind != "array of string"):
         pre = metadata.get(f"{_TOKENIZER}pre")
         if pre is None or pre.value != "kimi-k2":  # which llama.cpp splits without merges
-            yield Finding(ERROR, f"{_TOKENIZER}merges", f"the key is missing or no array of strings; {model.value} needs it")
+            yield Finding(
+                ERROR, f"{_TOKENIZER}merges", f"the key is missing or no array of strings; {model.value} needs it"
+            )
     if model.value == "gpt2" and f"{_TOKENIZER}pre" not in metadata:
-        yield Finding(WARNING, f"{_TOKENIZER}pre", "the key is missing; llama.cpp splits text by a default that may be wrong")
+        yield Finding(
+            WARNING, f"{_TOKENIZER}pre", "the key is missing; llama.cpp splits text by a default that may be wrong"
+        )
     for name in ("scores", "token_type"):
         yield from _beside_tokens(metadata, name, tokens.count, needed=name == "token_type" or model.value == "llama")
     ids = _special(metadata)

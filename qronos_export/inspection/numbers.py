@@ -1,4 +1,4 @@
-"""What stored numbers look like: scales, zeros, rms, and what cannot be right. Read in chunks; any bytes are welcome."""
+"""What stored numbers look like: scales, zeros, rms, and what cannot be right. Read in chunks; any bytes will do."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ class Statistics:
         elif self.bad_values:
             yield f"{self.bad_values} of {self.weights} values are NaN or infinite"
         if self.impossible:
-            yield f"{self.impossible} of {self.blocks} blocks have impossible scales: no quantizer of this type writes them"
+            yield f"{self.impossible} of {self.blocks} blocks have impossible scales: no quantizer writes them"
         if self.blocks and self.too_large:
             yield f"impossible scales make {self.too_large} values larger than {_LARGEST:g}, fp16's end"
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -27,7 +27,7 @@ from qronos_export.inspection.numbers import CHUNK, Statistics, chunks, of_block
 from qronos_export.inspection.onnx_package import read_package
 from qronos_export.inspection.onnx_wire import Place, read_model
 
-_BITS = {
+_BITS: dict[int, int] = {
     TensorProto.FLOAT: 32, TensorProto.UINT8: 8, TensorProto.INT8: 8, TensorProto.UINT16: 16, TensorProto.INT16: 16,
     TensorProto.INT32: 32, TensorProto.INT64: 64, TensorProto.BOOL: 8, TensorProto.FLOAT16: 16, TensorProto.DOUBLE: 64,
     TensorProto.UINT32: 32, TensorProto.UINT64: 64, TensorProto.COMPLEX64: 64, TensorProto.COMPLEX128: 128,
@@ -35,7 +35,7 @@ _BITS = {
     TensorProto.FLOAT8E5M2FNUZ: 8, TensorProto.UINT4: 4, TensorProto.INT4: 4, TensorProto.FLOAT4E2M1: 4,
     TensorProto.FLOAT8E8M0: 8, TensorProto.UINT2: 2, TensorProto.INT2: 2,
 }  # fmt: skip
-_FLOATS = {TensorProto.FLOAT: "F32", TensorProto.FLOAT16: "F16", TensorProto.BFLOAT16: "BF16"}
+_FLOATS: dict[int, str] = {TensorProto.FLOAT: "F32", TensorProto.FLOAT16: "F16", TensorProto.BFLOAT16: "BF16"}
 _LISTS = ("float_data", "int32_data", "int64_data", "double_data", "uint64_data", "string_data")
 _QUANTIZED = {"MatMulNBits": (1, 2, 3), "GatherBlockQuantized": (0, 2, 3)}  # inputs: codes, scales, zero points
 _OPERATORS = 20  # named in the metadata
@@ -60,17 +60,8 @@ class _Stored:
 def inspect_onnx(path: Path, *, numbers: bool, check: bool) -> Inspection:
     """What `path`, a model or a folder with one, holds; with `numbers` each tensor's are read. With `check` there are
     findings. Raises UsageError where there is no model, ArtifactError where it cannot be read."""
-    model_path = find_model(path)
-    model, places = read_model(model_path)
-    try:
-        return _inspected(model_path, model, places, numbers=numbers, check=check)
-    except UnicodeDecodeError as error:
-        raise ArtifactError(f"{model_path} cannot be read as ONNX: a name in it is no UTF-8 ({error}).") from error
-
-
-def _inspected(
-    path: Path, model: onnx.ModelProto, places: Sequence[Place | None], *, numbers: bool, check: bool
-) -> Inspection:
+    path = find_model(path)
+    model, places = read_model(path)
     findings: list[Finding] = []
     stored: dict[str, _Stored] = {}
     for tensor, place in zip(model.graph.initializer, places, strict=True):
@@ -136,7 +127,10 @@ def _located(tensor: TensorProto, place: Place | None, model: Path) -> tuple[lis
         path, (offset, size) = model, place
     else:
         lists = sum(len(getattr(tensor, name)) for name in _LISTS)
-        packed = _BITS.get(tensor.data_type, 8) < 8 or tensor.data_type in (TensorProto.COMPLEX64, TensorProto.COMPLEX128)
+        packed = _BITS.get(tensor.data_type, 8) < 8 or tensor.data_type in (
+            TensorProto.COMPLEX64,
+            TensorProto.COMPLEX128,
+        )
         if lists != count and not (packed and lists):
             return [f"it has {lists} numbers for the shape {_shape(tensor)}"], None
         return [], None
@@ -144,7 +138,9 @@ def _located(tensor: TensorProto, place: Place | None, model: Path) -> tuple[lis
         return [f"it has {size} bytes; its type and shape need {expected}"], None
     width = _BITS.get(tensor.data_type, 8) // 8 or 1
     wrong = []
-    if tensor.data_location == TensorProto.EXTERNAL and offset % width:  # which is mapped; protobuf itself aligns nothing
+    if (
+        tensor.data_location == TensorProto.EXTERNAL and offset % width
+    ):  # which is mapped; protobuf itself aligns nothing
         wrong = [f"its offset {offset} is not aligned to its numbers' {width} bytes"]
     return wrong, _Stored(tensor, path, offset, size)
 
@@ -265,7 +261,9 @@ class _Matrix:
             (zeros, self._zero_bytes, "zero points"),
         ):
             if part is not None and part.size != self.rows * row_bytes:
-                raise _NoMatrix(f"{what} have {part.size} bytes; {self.rows} × {self.columns} needs {self.rows * row_bytes}")
+                raise _NoMatrix(
+                    f"{what} have {part.size} bytes; {self.rows} × {self.columns} needs {self.rows * row_bytes}"
+                )
         self._codes, self._scales, self._zeros = codes, scales, zeros
 
     def facts(self) -> TensorFacts:
@@ -279,7 +277,9 @@ class _Matrix:
         fmt = FORMATS[_FLOATS[self._scales.tensor.data_type]]
         zeros = None if self._zeros is None else self._rows(self._zeros, self._zero_bytes, step)
         parts = zip(
-            self._rows(self._codes, self._code_bytes, step), self._rows(self._scales, self._scale_bytes, step), strict=True
+            self._rows(self._codes, self._code_bytes, step),
+            self._rows(self._scales, self._scale_bytes, step),
+            strict=True,
         )
         for codes, stored in parts:
             levels = unpack_consecutive(codes, self.bits).to(torch.float32)
@@ -300,5 +300,3 @@ class _Matrix:
     def _rows(part: _Stored, row_bytes: int, step: int) -> Iterator[Tensor]:
         for data in chunks(part.path, part.offset, part.size, step * row_bytes):
             yield torch.frombuffer(data, dtype=torch.uint8).view(-1, row_bytes)
-
-

@@ -15,6 +15,7 @@ from __future__ import annotations
 import mmap
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import onnx
 
@@ -22,7 +23,7 @@ from qronos_export.errors import ArtifactError
 from qronos_export.inspection.found import shown
 
 _GRAPH, _INITIALIZER, _RAW_DATA = 7, 5, 9
-_STRUCTURE = 1 << 24  # bytes of a model beside its weights; decoders of 100 layers have a few million
+_STRUCTURE = 1 << 23  # bytes of a model beside its weights; a decoder's layer has some ten thousand
 _FIELDS = 1 << 21
 _VARINT, _LENGTH = 0, 2
 _FIXED = {1: 8, 5: 4}
@@ -92,9 +93,22 @@ def read_model(path: Path) -> tuple[onnx.ModelProto, list[Place | None]]:
         model = onnx.ModelProto.FromString(lean)
     except Exception as error:  # protobuf's DecodeError is not importable from a stable place
         raise ArtifactError(f"{path} cannot be read as ONNX: {shown(str(error))}.") from error
+    if not _all_text(model):
+        raise ArtifactError(f"{path} cannot be read as ONNX: a name in it is no UTF-8.")
     if not model.graph.node and not model.graph.initializer:
         raise ArtifactError(f"{path} cannot be read as ONNX: it has no graph.")
     return model, places
+
+
+def _all_text(message: Any) -> bool:
+    """Whether all strings are; what is no UTF-8 protobuf hands over as bytes."""
+    for field, value in message.ListFields():
+        several = [value] if isinstance(value, str | bytes) or hasattr(value, "ListFields") else value
+        if field.type == field.TYPE_MESSAGE and not all(_all_text(each) for each in several):
+            return False
+        if field.type == field.TYPE_STRING and not all(isinstance(each, str) for each in several):
+            return False
+    return True
 
 
 def _lean(walk: _Walk) -> tuple[bytes, list[Place | None]]:
