@@ -1,7 +1,7 @@
 """The header of a GGUF file, read without trust: every length is compared with what is left before anything is read.
 
     "GGUF" | u32 version | u64 tensors | u64 keys | keys × (string, u32 type, value) | tensors × info | padding | data
-    string: u64 length, bytes    array: u32 type, u64 count, values    info: string, u32 n, n × u64, u32 type, u64 offset
+    string: u64 length, bytes   array: u32 type, u64 count, values   info: string, u32 n, n × u64, u32 type, u64 offset
 
 Versions 2 and 3, little endian. What is kept is bounded by `_KEPT`, what is walked by the file's size and `_ENTRIES`.
 Upstream's reader makes an object of every entry of every array, and believes counts.
@@ -122,9 +122,12 @@ class _Cursor:
         self._file.seek(at)
         self.at = at
 
-    def take(self, count: int, what: str) -> bytes:
+    def need(self, count: int, what: str) -> None:
         if count > self.left:
             raise _Stop(f"{what} needs {count} bytes, and {self.left} are left: the file is truncated or damaged")
+
+    def take(self, count: int, what: str) -> bytes:
+        self.need(count, what)
         data = self._file.read(count)
         if len(data) < count:
             raise _Stop(f"{what}: the file became shorter while it was read")
@@ -132,10 +135,9 @@ class _Cursor:
         return data
 
     def skip(self, count: int, what: str) -> None:
+        self.need(count, what)
         if count < 4096:
             self.take(count, what)
-        elif count > self.left:
-            raise _Stop(f"{what} needs {count} bytes, and {self.left} are left: the file is truncated or damaged")
         else:
             self.jump(self.at + count)
 
@@ -162,6 +164,7 @@ class _Cursor:
     def text(self, what: str, keep: int) -> Entry:
         """A string, of which at most `keep` bytes stay."""
         length = self.u64(what)
+        self.need(length, what)
         data = self.take(min(length, keep), what)
         self.skip(length - len(data), what)
         self.kept += len(data)

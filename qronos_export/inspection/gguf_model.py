@@ -98,7 +98,8 @@ def _layout(header: Header) -> tuple[list[Finding], set[int]]:
             readable.discard(id(info))
         if end > last:
             last, before = end, info.name
-    if header.size > last + -(last - header.data) % header.alignment:
+    last += -last % header.alignment
+    if header.size > last:
         findings.append(Finding(WARNING, "file", f"{header.size - last} bytes follow the last tensor"))
     return findings, readable
 

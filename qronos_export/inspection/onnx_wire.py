@@ -24,7 +24,7 @@ from qronos_export.inspection.found import shown
 
 _GRAPH, _INITIALIZER, _RAW_DATA = 7, 5, 9
 _STRUCTURE = 1 << 23  # bytes of a model beside its weights; a decoder's layer has some ten thousand
-_FIELDS = 1 << 21
+_FIELDS = 1 << 18
 _VARINT, _LENGTH = 0, 2
 _FIXED = {1: 8, 5: 4}
 
