@@ -23,6 +23,7 @@ import typer
 from qronos_export import __version__
 from qronos_export.commands.card import card
 from qronos_export.commands.compare import compare
+from qronos_export.commands.inspect import inspect
 from qronos_export.commands.options import (
     CacheKOption,
     CacheVOption,
@@ -388,6 +389,7 @@ def _setting_of(given: str) -> tuple[str, Any]:
 
 app.command()(card)
 app.command()(publish)
+app.command()(inspect)
 
 
 @recipe_app.command("list")
