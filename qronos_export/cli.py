@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from qronos_export import __version__
+from qronos_export.commands.report import report
 from qronos_export.errors import GateError, QronosError, UsageError
 from qronos_export.recipe import RECIPE_FIELDS, Recipe, load_recipe, plain_value, recipe_from, shipped
 
@@ -389,6 +390,9 @@ def _setting_of(given: str) -> tuple[str, Any]:
     if not (separator and key):
         raise UsageError(f"--set {given} is not KEY=VALUE; write for example --set format=INT4_G128.")
     return key, plain_value(value)
+
+
+app.command()(report)
 
 
 @recipe_app.command("list")

@@ -9,6 +9,7 @@
     ├── ArtifactError         the written file is not what was calibrated
     ├── OutputError           the place to write to: occupied, full, read-only
     ├── LlamaCppError         llama.cpp is missing, too old, or a tool of it failed
+    ├── ReportError           a report.json or a baseline cannot be read or compared
     ├── TaskError             a zero-shot task or its data cannot be read or run
     └── GateError             validation ran and the file missed a limit
 
@@ -51,6 +52,10 @@ class OutputError(QronosError):
 
 
 class LlamaCppError(QronosError):
+    pass
+
+
+class ReportError(QronosError):
     pass
 
 
