@@ -133,13 +133,13 @@ def setting(value: Any) -> Markup:
 
 
 def kind_errors(layers: Sequence[LayerReport]) -> list[KindError]:
-    """What `layers` come to by artifact and kind, where an error is known."""
-    grouped: dict[tuple[str, str], list[LayerReport]] = {}
+    """What `layers` come to by kind and artifact, where an error is known."""
+    grouped: dict[str, dict[str, list[LayerReport]]] = {}
     for layer in layers:
         if layer.error is not None:
-            grouped.setdefault((layer.artifact, kind_of(layer.tensor)), []).append(layer)
+            grouped.setdefault(kind_of(layer.tensor), {}).setdefault(layer.artifact, []).append(layer)
     found = []
-    for (artifact, kind), group in grouped.items():
+    for kind, artifact, group in ((kind, *each) for kind, groups in grouped.items() for each in groups.items()):
         errors = [layer.error for layer in group if layer.error is not None]
         mismatches = [layer.recoverable_mismatch for layer in group if layer.recoverable_mismatch is not None]
         types = list(dict.fromkeys(layer.format for layer in group))

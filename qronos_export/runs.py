@@ -200,7 +200,7 @@ def layer_kinds(layers: Iterable[LayerReport]) -> list[str]:
 
 
 def printable(text: str) -> str:
-    """`text` with its control characters as pictures of themselves: \n as ␊; what UTF-8 does not have as �."""
+    """`text` on one line: ↵ for a line's end, ⇥ for a tab, � for other control characters and what UTF-8 does not have."""
     return "".join(
-        chr(0x2400 + ord(c)) if c < " " else "�" if unicodedata.category(c) in ("Cc", "Cs") else c for c in text
+        "�" if unicodedata.category(c) in ("Cc", "Cs") else c for c in text.replace("\n", "↵").replace("\t", "⇥")
     )

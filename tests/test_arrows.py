@@ -10,8 +10,8 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 OUTSIDE = {  # third-party packages, and the only places that may import them
-    "typer": ("qronos_export/cli.py",),
-    "rich": ("qronos_export/cli.py",),
+    "typer": ("qronos_export/cli.py", "qronos_export/commands/"),
+    "rich": ("qronos_export/cli.py", "qronos_export/commands/"),
     "transformers": ("qronos_export/checkpoint/",),
     "safetensors": ("qronos_export/checkpoint/",),
     "tokenizers": ("qronos_export/checkpoint/",),
@@ -24,6 +24,9 @@ OUTSIDE = {  # third-party packages, and the only places that may import them
     "greenlet": ("qronos_export/suspended.py",),
     "lm_eval": ("qronos_export/tasks.py",),
     "tqdm": ("qronos_export/tasks.py",),
+    "jinja2": ("qronos_export/page.py",),
+    "markupsafe": ("qronos_export/page.py",),
+    "matplotlib": ("qronos_export/figures.py", "qronos_export/page.py"),
     "yaml": ("qronos_export/recipe.py",),
     "torch": ("formats/", "qronos_export/"),
     "numpy": ("formats/", "qronos_export/artifact/"),
@@ -31,9 +34,10 @@ OUTSIDE = {  # third-party packages, and the only places that may import them
 LEAVES = {"errors", "cache", "device", "memory", "statistics", "process"}  # for anyone; they import one another only
 INSIDE = {  # a module of qronos_export, and what else of qronos_export it may import
     "cli": {
-        "conversion", "evaluation", "pipeline", "recipe", "report", "llamacpp", "llamacpp_build", "proof", "validation",
-        "",
+        "commands", "conversion", "evaluation", "pipeline", "recipe", "report", "llamacpp", "llamacpp_build", "proof",
+        "validation", "",
     },
+    "commands": {"llamacpp", "page", "proof", "runs", "validation", "worst"},
     "__main__": {"cli"},
     "pipeline": {
         "activations", "artifact", "attention", "checkpoint", "calibration", "corpus", "llamacpp", "onnx_export",
@@ -51,6 +55,11 @@ INSIDE = {  # a module of qronos_export, and what else of qronos_export it may i
         "report", "rounding",
     },
     "proof": {"checkpoint", "corpus", "llamacpp", "onnx_validation", "validation"},
+    "page": {"figures", "report", "runs", "workspace", "worst"},
+    "figures": {"report", "runs"},
+    "runs": {"artifact", "report", "typed_json", "validation"},
+    "worst": {"checkpoint", "llamacpp", "log_probabilities", "proof", "validation"},
+    "log_probabilities": {"llamacpp"},
     "workspace": {"checkpoint", "recipe"},
     "layers": {"artifact", "attention", "calibration", "plan", "report", "rounding"},
     "plan": {"artifact", "recipe"},
@@ -66,7 +75,7 @@ INSIDE = {  # a module of qronos_export, and what else of qronos_export it may i
     "validation": {"llamacpp"},
     "llamacpp": {"llamacpp_log", "llamacpp_build"},
     "llamacpp_build": {"llamacpp"},
-    "llamacpp_log": set(), "suspended": set(), "recipe": set(), "report": set(),
+    "llamacpp_log": set(), "suspended": set(), "recipe": set(), "report": {"typed_json"}, "typed_json": set(),
     "artifact": set(), "checkpoint": set(), "rounding": set(),
 }  # fmt: skip
 
