@@ -1,4 +1,4 @@
-"""The page about runs: made of tiny real runs, everything in it, nothing outside it; worst tokens as torch counts them."""
+"""The page about runs: made of tiny real runs, with everything in it and nothing outside it; the worst tokens."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from html.parser import HTMLParser
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -187,7 +188,7 @@ def test_it_can_be_read_aloud(page: Page) -> None:
     assert all(a.get("scope") in ("col", "row") for a in page.of("th"))
     assert len(list(page.of("thead"))) == len(list(page.of("table")))
     headings = [int(tag[1]) for tag, _ in page.tags if tag in ("h1", "h2", "h3", "h4")]
-    assert headings[0] == 1 and all(b <= a + 1 for a, b in zip(headings, headings[1:], strict=False))
+    assert headings[0] == 1 and all(b <= a + 1 for a, b in pairwise(headings))
 
 
 def test_pictures_lie_beside_it(written: list[Path]) -> None:
@@ -200,11 +201,6 @@ def test_pictures_lie_beside_it(written: list[Path]) -> None:
     assert all(path.read_bytes().startswith(b"\x89PNG\r\n") for path in written[1:])
 
 
-def test_the_same_reports_give_the_same_page(made: Made, tmp_path: Path) -> None:
-    first, second = (report(made.second, "--output", tmp_path / name) for name in "ab")
-    assert [path.read_bytes() for path in first] == [path.read_bytes() for path in second]
-
-
 def test_without_validation_it_says_so_and_lies_with_the_run(made: Made, tmp_path: Path) -> None:
     run = Path(shutil.copytree(made.second, tmp_path / "run"))
     written = report(run)
@@ -214,7 +210,10 @@ def test_without_validation_it_says_so_and_lies_with_the_run(made: Made, tmp_pat
     (run / "tiny-Q4_K_M.gguf").unlink()
     with pytest.raises(OutputError, match=r"report\.html exists already.*--force"):
         report(run)
-    report(run, "--force")
+    before = {path.name: path.read_bytes() for path in written}
+    assert {path.name: path.read_bytes() for path in report(run, "--force")}.items() & before.items() == {
+        (name, content) for name, content in before.items() if not name.startswith(("report", "bytes"))
+    }
     assert "tiny-Q4_K_M.gguf: is not in the folder any more" in Page(run / "report.html").text
 
 
@@ -283,7 +282,6 @@ def changed(source: Path, place: Path, change: Callable[[Any], Any]) -> Path:
     [
         (lambda d: d.clear(), "is not the report of a run"),
         (lambda d: d.update(schema=99), "has schema 99; this version reads 1"),
-        (lambda d: d.pop("artifacts"), None),
         (lambda d: d.pop("recipe"), "has no 'recipe'"),
         (lambda d: d["artifacts"][0].update(bytes="many"), r"artifacts\[0\]: bytes is 'many'; expected an integer"),
         (lambda d: d["artifacts"][0].update(bytes=True), r"bytes is True; expected an integer"),
@@ -297,12 +295,9 @@ def changed(source: Path, place: Path, change: Callable[[Any], Any]) -> Path:
         (lambda d: d["seconds"].update(total=10**400), "expected a finite number"),
     ],
 )
-def test_bad_reports_are_refused(change: Callable[[Any], Any], says: str | None, made: Made, tmp_path: Path) -> None:
+def test_bad_reports_are_refused(change: Callable[[Any], Any], says: str, made: Made, tmp_path: Path) -> None:
     run = Path(shutil.copytree(made.first, tmp_path / "run"))
     changed(made.first / "report.json", run / "report.json", change)
-    if says is None:  # a run that wrote nothing is one still
-        assert report(run, "--output", tmp_path / "page")
-        return
     with pytest.raises(ReportError, match=says):
         report(run, "--output", tmp_path / "page")
     assert not (tmp_path / "page").exists()
@@ -332,7 +327,7 @@ def test_bad_arguments_are_refused(made: Made, tmp_path: Path) -> None:
         (
             [tmp_path / "absent"],
             ReportError,
-            r"absent has no report\.json; give a folder that `qronos-export quantize`",
+            r"absent has no report\.json; give a folder that",
         ),
         ([made.first, made.first], ReportError, "is given twice"),
         ([made.first, "--baseline", tmp_path / "absent"], ReportError, "cannot be read as JSON: No such file"),
@@ -365,7 +360,7 @@ class Kept:
 @pytest.fixture(scope="module")
 def kept(made: Made, llamacpp: LlamaCpp, english: Path, tmp_path_factory: pytest.TempPathFactory) -> Kept:
     folder = tmp_path_factory.mktemp("kept")
-    original = llamacpp.convert(made.model, folder / "float.gguf", "f32")
+    original = made.first.parent / "float.gguf"
     quantized = made.first / "tiny-Q4_0.gguf"
     with Reference(original, english, llamacpp=llamacpp, workspace=folder, context=CONTEXT, chunks=CHUNKS) as reference:
         theirs = llamacpp.kl_divergence(quantized, reference.logits)
@@ -383,7 +378,7 @@ def test_rows_are_what_the_file_says(kept: Kept, at_once: int, monkeypatch: pyte
     assert torch.equal(file.tokens, expected.tokens)
     rows = list(file.rows())
     assert max(map(len, rows)) <= max(1, at_once // file.vocabulary)
-    assert torch.equal(torch.cat(rows), expected.values.flatten(0, 1))
+    assert torch.equal(torch.cat(rows), expected.log_probabilities.flatten(0, 1))
 
 
 @pytest.mark.parametrize("at_once", [5000, 1 << 22])
@@ -391,7 +386,7 @@ def test_the_worst_tokens_are_those_numpy_finds(
     kept: Kept, made: Made, at_once: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(log_probabilities, "_AT_ONCE", at_once)
-    p, q = (read_scores(path).values.numpy().astype(np.float64) for path in (kept.original, kept.file))
+    p, q = (read_scores(path).log_probabilities.numpy().astype(np.float64) for path in (kept.original, kept.file))
     tokens = read_scores(kept.original).tokens.numpy()
     direct = np.where(p > -16, np.exp(p) * (p - q), 0).sum(-1)
     encode = tokenizer(open_checkpoint(str(made.model)))
@@ -404,13 +399,13 @@ def test_the_worst_tokens_are_those_numpy_finds(
         position = CONTEXT // 2 + 1 + place
         right = int(tokens[chunk, position])
         assert (token.chunk, token.position) == (chunk, position)
-        for guess, index in (
+        for guess, chosen in (
             (token.right, right),
             (token.of_float, int(p[chunk, place].argmax())),
             (token.of_file, int(q[chunk, place].argmax())),
         ):
-            assert guess.in_float == pytest.approx(np.exp(p[chunk, place, index]), rel=1e-5)
-            assert guess.in_file == pytest.approx(np.exp(q[chunk, place, index]), rel=1e-5)
+            assert guess.in_float == pytest.approx(np.exp(p[chunk, place, chosen]), rel=1e-5)
+            assert guess.in_file == pytest.approx(np.exp(q[chunk, place, chosen]), rel=1e-5)
         ids = tokens[chunk, max(0, position - 48) : position + 1].tolist()
         if not token.right.text.startswith("<0x"):
             assert token.before + token.right.text == encode.decode(ids)

@@ -6,6 +6,7 @@ Text from models and files is drawn as it is: never as mathematics, and as outli
 from __future__ import annotations
 
 import math
+import re
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -39,31 +40,45 @@ class Ink:
     faint: str
     series: tuple[str, ...]
 
+    @property
+    def all(self) -> tuple[str, ...]:
+        return (self.paper, self.text, self.faint, *self.series)
+
 
 LIGHT = Ink("#ffffff", "#1b1f24", "#c9ced6", ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00"))
 DARK = Ink("#16191d", "#e4e7eb", "#434a54", ("#56b4e9", "#e69f00", "#2fc79a", "#cc79a7", "#f0e442", "#d55e00"))
+INK = LIGHT
+"""Pictures are drawn in this, and recoloured."""
 
 
-def render(draw: Callable[[Ink], Figure], ink: Ink, kind: str) -> bytes:
-    """The picture as `kind`, svg or png; the same input gives the same bytes."""
+def render(draw: Callable[[], Figure]) -> tuple[bytes, bytes]:
+    """The picture as SVG and as PNG; the same input gives the same bytes."""
     style: Any = {
         "svg.hashsalt": "qronos-export", "text.parse_math": False, "text.usetex": False, "font.size": 10,
         "font.family": "DejaVu Sans", "axes.titlesize": 10, "axes.spines.top": False, "axes.spines.right": False,
-        "figure.facecolor": ink.paper, "axes.facecolor": ink.paper, "savefig.facecolor": ink.paper,
-        "text.color": ink.text, "axes.labelcolor": ink.text, "xtick.color": ink.text, "ytick.color": ink.text,
-        "axes.edgecolor": ink.faint, "grid.color": ink.faint, "grid.linewidth": 0.5, "legend.frameon": False,
+        "figure.facecolor": INK.paper, "axes.facecolor": INK.paper, "savefig.facecolor": INK.paper,
+        "text.color": INK.text, "axes.labelcolor": INK.text, "xtick.color": INK.text, "ytick.color": INK.text,
+        "axes.edgecolor": INK.faint, "grid.color": INK.faint, "grid.linewidth": 0.5, "legend.frameon": False,
     }  # fmt: skip
+    svg, png = BytesIO(), BytesIO()
     with matplotlib.rc_context(style), warnings.catch_warnings():
         # In a picture a box stands for what its font lacks; the tables have the text.
         warnings.filterwarnings("ignore", r"Glyph .* missing from")
-        figure = draw(ink)
-        file = BytesIO()
-        metadata = {"Date": None} if kind == "svg" else {"Software": None}
-        figure.savefig(file, format=kind, dpi=160, metadata=metadata)
-    return file.getvalue()
+        figure = draw()
+        figure.draw_without_rendering()
+        figure.set_layout_engine("none")  # what was laid out stays; doing so again takes half of the time
+        figure.savefig(svg, format="svg", metadata={"Date": None})
+        figure.savefig(png, format="png", metadata={"Software": None}, dpi=160)
+    return svg.getvalue(), png.getvalue()
 
 
-def divergence(comparison: Comparison, ink: Ink) -> Figure:
+def dark(svg: bytes) -> bytes:
+    """A picture of `render` for dark paper."""
+    colours = dict(zip(LIGHT.all, DARK.all, strict=True))
+    return re.sub(r"#[0-9a-f]{6}\b", lambda found: colours.get(found[0], found[0]), svg.decode()).encode()
+
+
+def divergence(comparison: Comparison) -> Figure:
     """KL divergence against bits per weight, with error bars and the frontier."""
     figure, (axes,) = _figure(4.4)
     runs = list(dict.fromkeys(file.run for file in comparison.files))
@@ -71,10 +86,10 @@ def divergence(comparison: Comparison, ink: Ink) -> Figure:
     best = comparison.frontier
     if len(best) > 1:
         axes.plot(
-            [file.bits for file in best], [file.validation.kl_divergence for file in best], color=ink.text,
+            [file.bits for file in best], [file.validation.kl_divergence for file in best], color=INK.text,
             linewidth=0.9, linestyle=(0, (4, 3)), zorder=1, label="frontier",
         )  # fmt: skip
-    for run, (colour, marker) in zip(runs, _styles(ink), strict=False):
+    for run, (colour, marker) in zip(runs, _styles(), strict=False):
         files = [file for file in comparison.files if file.run == run]
         axes.errorbar(
             [file.bits for file in files], [file.validation.kl_divergence for file in files],
@@ -101,7 +116,7 @@ def in_a_panel(layer: LayerReport) -> bool:
     return block_of(layer.tensor) is not None and layer.error is not None
 
 
-def layer_errors(run: Run, ink: Ink) -> Figure:
+def layer_errors(run: Run) -> Figure:
     """A panel for each kind of tensor: relative error (line) and recoverable mismatch (dots) over the blocks."""
     layers = [layer for layer in run.report.layers if in_a_panel(layer)]
     kinds = layer_kinds(layers)
@@ -111,7 +126,7 @@ def layer_errors(run: Run, ink: Ink) -> Figure:
     formats = list(dict.fromkeys(layer.artifact for layer in layers))
     handles = []
     drawn: dict[str, list[float]] = {kind: [] for kind in kinds}
-    for fmt, (colour, marker) in zip(formats, _styles(ink), strict=False):
+    for fmt, (colour, marker) in zip(formats, _styles(), strict=False):
         handles.append(Line2D([], [], color=colour, marker=marker, markersize=4, label=_short(fmt)))
         for kind, axes in zip(kinds, panels, strict=False):
             mine = [each for each in layers if each.artifact == fmt and kind_of(each.tensor) == kind]
@@ -120,7 +135,7 @@ def layer_errors(run: Run, ink: Ink) -> Figure:
             axes.plot(*mismatches, color=colour, linestyle=":", linewidth=1.3)
             drawn[kind] += errors[1] + mismatches[1]
     if any(layer.recoverable_mismatch is not None for layer in layers):
-        handles.append(Line2D([], [], color=ink.text, linestyle=":", label="recoverable mismatch"))
+        handles.append(Line2D([], [], color=INK.text, linestyle=":", label="recoverable mismatch"))
     for kind, axes in zip(kinds, panels, strict=False):
         axes.set_title(_short(kind), loc="left")
         shown = drawn[kind]
@@ -139,7 +154,7 @@ def layer_errors(run: Run, ink: Ink) -> Figure:
     return figure
 
 
-def stored_bytes(run: Run, ink: Ink) -> Figure:
+def stored_bytes(run: Run) -> Figure:
     """Of each file, how many megabytes go to which kind of tensor."""
     files = {
         run.label(artifact): run.stored[artifact.path]
@@ -156,14 +171,14 @@ def stored_bytes(run: Run, ink: Ink) -> Figure:
     figure, (axes,) = _figure(1.5 + 0.42 * len(files))
     left = [0.0] * len(files)
     hatches = ["", "", "", "", "", "", "//", "//", "//", "//", "//", "//"]
-    for kind, (colour, _), hatch in zip(named, _styles(ink), hatches, strict=False):
+    for kind, (colour, _), hatch in zip(named, _styles(), hatches, strict=False):
         sizes = [
             sum(part.bytes for part in parts if (part.kind if part.kind in named else "others") == kind) / 1e6
             for parts in files.values()
         ]
         axes.barh(
             range(len(files)), sizes, left=left, color=colour, height=0.66, label=_short(kind), hatch=hatch,
-            edgecolor=ink.paper, linewidth=0.6,
+            edgecolor=INK.paper, linewidth=0.6,
         )  # fmt: skip
         left = [a + b for a, b in zip(left, sizes, strict=True)]
     axes.set_yticks(range(len(files)), [_short(name) for name in files])
@@ -175,10 +190,10 @@ def stored_bytes(run: Run, ink: Ink) -> Figure:
     return figure
 
 
-def seconds(phases: dict[str, float], ink: Ink) -> Figure:
+def seconds(phases: dict[str, float]) -> Figure:
     """How long each phase took."""
     figure, (axes,) = _figure(0.8 + 0.32 * len(phases))
-    bars = axes.barh(range(len(phases)), list(phases.values()), color=ink.series[0], height=0.66)
+    bars = axes.barh(range(len(phases)), list(phases.values()), color=INK.series[0], height=0.66)
     axes.bar_label(bars, [f"{value:.1f} s" for value in phases.values()], padding=4)
     axes.set_yticks(range(len(phases)), [_short(name) for name in phases])
     axes.invert_yaxis()
@@ -195,9 +210,9 @@ def _figure(height: float, rows: int = 1, columns: int = 1) -> tuple[Figure, lis
     return figure, list(figure.subplots(rows, columns, squeeze=False).flat)
 
 
-def _styles(ink: Ink) -> Iterable[tuple[str, str]]:
+def _styles() -> Iterable[tuple[str, str]]:
     """Colour and marker of each series; the two repeat at different lengths."""
-    return zip(cycle(ink.series), cycle(_MARKERS), strict=False)
+    return zip(cycle(INK.series), cycle(_MARKERS), strict=False)
 
 
 def _short(name: str) -> str:

@@ -17,7 +17,6 @@ from markupsafe import Markup, escape
 from matplotlib.figure import Figure
 
 from qronos_export import figures
-from qronos_export.figures import DARK, LIGHT, Ink, render
 from qronos_export.report import LayerReport
 from qronos_export.runs import Comparison, Run, kind_of, printable
 from qronos_export.workspace import workspace
@@ -29,15 +28,16 @@ _TEMPLATES = Path(__file__).with_name("templates")
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture's file beside the page, what it shows, in words, and how it is drawn."""
+    """The name of a picture's file beside the page, what it shows, in words, and itself."""
 
     name: str
     caption: str
-    draw: Callable[[Ink], Figure]
+    svg: bytes
+    png: bytes
 
     def source(self, dark: bool) -> str:
         """The picture as an address that holds it."""
-        svg = render(self.draw, DARK if dark else LIGHT, "svg")
+        svg = figures.dark(self.svg) if dark else self.svg
         return f"data:image/svg+xml;base64,{base64.b64encode(svg).decode()}"
 
 
@@ -81,7 +81,7 @@ def write_page(
     Raises OutputError where one of them exists already and `force` is not given.
     """
     charts = [
-        Picture(
+        _picture(
             _numbered("divergence", index, len(comparisons)),
             f"KL divergence against bits per weight of {len(each.files)} files of {each.model}. Bars are one standard "
             "error; files on the dashed frontier are beaten by no other in both. The table has the numbers.",
@@ -105,7 +105,7 @@ def write_page(
     )
     with workspace(folder, results, force) as scratch:
         for picture in pictures:
-            (scratch / f"{picture.name}.png").write_bytes(render(picture.draw, LIGHT, "png"))
+            (scratch / f"{picture.name}.png").write_bytes(picture.png)
         (scratch / PAGE).write_text(html, encoding="utf-8")
         for path in reversed(results):  # the page last
             (scratch / path.name).replace(path)
@@ -159,7 +159,7 @@ def _part(run: Run, index: int, count: int) -> RunPart:
     return RunPart(
         run,
         kinds,
-        Picture(
+        _picture(
             named("errors"),
             "Error of each block's tensors relative to the layer's output (lines), and the recoverable mismatch "
             "(dotted), a panel for each kind of tensor. The table has the means, and all tensors below it.",
@@ -167,14 +167,14 @@ def _part(run: Run, index: int, count: int) -> RunPart:
         )
         if any(figures.in_a_panel(layer) for layer in report.layers)
         else None,
-        Picture(
+        _picture(
             named("bytes"),
             "Megabytes of each file by kind of tensor. The table has them by type, too.",
             partial(figures.stored_bytes, run),
         )
         if run.stored
         else None,
-        Picture(
+        _picture(
             named("seconds"),
             "Seconds of the run by phase. The table has the numbers.",
             partial(figures.seconds, phases),
@@ -182,6 +182,10 @@ def _part(run: Run, index: int, count: int) -> RunPart:
         if phases
         else None,
     )
+
+
+def _picture(name: str, caption: str, draw: Callable[[], Figure]) -> Picture:
+    return Picture(name, caption, *figures.render(draw))
 
 
 def _numbered(name: str, index: int, count: int) -> str:

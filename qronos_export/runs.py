@@ -200,7 +200,7 @@ def layer_kinds(layers: Iterable[LayerReport]) -> list[str]:
 
 
 def printable(text: str) -> str:
-    """`text` on one line: ↵ for a line's end, ⇥ for a tab, � for other control characters and what UTF-8 does not have."""
+    """`text` on one line: ↵ for a line's end, ⇥ for a tab, � for other control characters and halves of characters."""
     return "".join(
         "�" if unicodedata.category(c) in ("Cc", "Cs") else c for c in text.replace("\n", "↵").replace("\t", "⇥")
     )
