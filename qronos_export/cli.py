@@ -37,6 +37,7 @@ from qronos_export.commands.options import console as _console
 from qronos_export.commands.options import progress as _progress
 from qronos_export.commands.options import table as _table
 from qronos_export.commands.publish import publish
+from qronos_export.commands.report import report
 from qronos_export.commands.validate import validate
 from qronos_export.errors import QronosError, UsageError
 from qronos_export.recipe import RECIPE_FIELDS, Recipe, load_recipe, plain_value, recipe_from, shipped
@@ -390,6 +391,7 @@ def _setting_of(given: str) -> tuple[str, Any]:
 app.command()(card)
 app.command()(publish)
 app.command()(inspect)
+app.command()(report)
 
 
 @recipe_app.command("list")

@@ -11,6 +11,7 @@
     ├── OutOfMemoryError      of this machine or its GPU; the message says in which phase, and what needs less
     ├── LlamaCppError         llama.cpp is missing, too old, or a tool of it failed
     ├── PublishError          results are not fit to be published, or the hub did not take them
+    ├── ReportError           a report.json or a baseline cannot be read or compared
     ├── TaskError             a zero-shot task or its data cannot be read or run
     └── GateError             validation ran and the file missed a limit
 
@@ -61,6 +62,10 @@ class LlamaCppError(QronosError):
 
 
 class PublishError(QronosError):
+    pass
+
+
+class ReportError(QronosError):
     pass
 
 

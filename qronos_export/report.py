@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from formats.compiled import how
+from qronos_export.errors import ReportError
+from qronos_export.typed_json import load, typed
 
 SCHEMA = 1
 
@@ -93,6 +95,16 @@ class RunReport:
         partial = path.with_name(f".{path.name}.{os.getpid()}")
         partial.write_text(json.dumps(self.to_json(), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         partial.replace(path)
+
+
+def read_report(path: Path) -> RunReport:
+    """What `write` wrote. Raises ReportError for a file that is no report, is damaged, or has another schema."""
+    data = load(path)
+    if not isinstance(data, dict) or "schema" not in data:
+        raise ReportError(f"{path} is not the report of a run; expected what `qronos-export quantize` writes.")
+    if data["schema"] != SCHEMA:
+        raise ReportError(f"{path} has schema {data['schema']!r:.60}; this version reads {SCHEMA}. Update it.")
+    return typed(RunReport, data, str(path))
 
 
 def versions(llama_cpp: str) -> dict[str, str]:

@@ -8,6 +8,8 @@ import hashlib
 import math
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
@@ -155,7 +157,8 @@ class Reference:
 
     `chunks` is the most to use; a shorter text gives fewer. `cache` is for the files that are compared. `on_chunk` is
     told (chunks done, chunks in all) of the reference's own run. Entering raises CalibrationError for a text shorter
-    than two chunks of `context` tokens, and OutputError when `workspace` cannot hold `logits_bytes`.
+    than two chunks of `context` tokens, and OutputError when `workspace` cannot hold `logits_bytes`. `logits` is where
+    they are while the `with` lasts.
     """
 
     def __init__(
@@ -183,14 +186,14 @@ class Reference:
         if not self._workspace.is_dir():
             raise OutputError(f"The folder for the reference's log-probabilities, {self._workspace}, does not exist.")
         self._folder = Path(tempfile.mkdtemp(dir=self._workspace, prefix="reference-"))
-        self._logits = self._folder / "logits"
+        self.logits = self._folder / "logits"
         try:
             self.perplexity = self._llamacpp.perplexity(
                 self._model,
                 self._text,
                 context=self._context,
                 chunks=self._chunks,
-                logits=self._logits,
+                logits=self.logits,
                 on_chunk=self._on_chunk,
             )
             self.text_sha256 = hashlib.sha256(self._text.read_bytes()).hexdigest()
@@ -204,9 +207,27 @@ class Reference:
     ) -> None:
         shutil.rmtree(self._folder)
 
+    @contextmanager
+    def log_probabilities(self, file: Path, cache: Cache, *, on_chunk: OnChunk | None = None) -> Iterator[Path]:
+        """What `file` itself makes of the same chunks, in a file like the reference's own `logits`."""
+        kept = self._folder / "file-logits"
+        try:
+            self._llamacpp.perplexity(
+                file,
+                self._text,
+                context=self._context,
+                chunks=self._chunks,
+                logits=kept,
+                options=cache.options,
+                on_chunk=on_chunk,
+            )
+            yield kept
+        finally:
+            kept.unlink(missing_ok=True)
+
     def compare(self, file: Path, *, on_chunk: OnChunk | None = None) -> Validation:
         """Raises LlamaCppError when `file` has another vocabulary or gives numbers that are not finite."""
-        divergence = self._llamacpp.kl_divergence(file, self._logits, options=self._cache.options, on_chunk=on_chunk)
+        divergence = self._llamacpp.kl_divergence(file, self.logits, options=self._cache.options, on_chunk=on_chunk)
         return Validation(
             perplexity=divergence.perplexity,
             perplexity_error=divergence.perplexity_error,

@@ -24,8 +24,10 @@ OUTSIDE = {  # third-party packages, and the only places that may import them
     "greenlet": ("qronos_export/suspended.py",),
     "lm_eval": ("qronos_export/tasks.py",),
     "tqdm": ("qronos_export/tasks.py",),
+    "jinja2": ("qronos_export/page.py",),
+    "markupsafe": ("qronos_export/page.py",),
+    "matplotlib": ("qronos_export/comparison_plot.py", "qronos_export/figures.py", "qronos_export/page.py"),
     "yaml": ("qronos_export/recipe.py", "qronos_export/card.py", "qronos_export/gate.py"),
-    "matplotlib": ("qronos_export/comparison_plot.py",),
     "torch": ("formats/", "qronos_export/"),
     "numpy": ("formats/", "qronos_export/artifact/"),
 }
@@ -36,8 +38,8 @@ INSIDE = {  # a module of qronos_export, and what else of qronos_export it may i
         "proof", "ranks", "",
     },
     "commands": {
-        "card", "comparison", "comparison_plot", "gate", "gate_report", "inspection", "llamacpp", "pipeline", "proof",
-        "publish", "results", "validation",
+        "card", "comparison", "comparison_plot", "gate", "gate_report", "inspection", "llamacpp", "page", "pipeline",
+        "proof", "publish", "results", "runs", "validation", "worst",
     },
     "comparison": {"artifact", "checkpoint", "llamacpp", "onnx_validation", "pipeline", "proof", "validation"},
     "comparison_plot": {"comparison"},
@@ -67,6 +69,11 @@ INSIDE = {  # a module of qronos_export, and what else of qronos_export it may i
         "recipe", "report", "rounding",
     },
     "proof": {"checkpoint", "corpus", "llamacpp", "onnx_validation", "validation"},
+    "page": {"figures", "report", "runs", "workspace", "worst"},
+    "figures": {"report", "runs"},
+    "runs": {"artifact", "report", "typed_json", "validation"},
+    "worst": {"checkpoint", "llamacpp", "log_probabilities", "proof", "validation"},
+    "log_probabilities": {"llamacpp"},
     "workspace": {"checkpoint", "recipe"},
     "inspection": {"artifact"},
     "layers": {"artifact", "attention", "calibration", "plan", "ranks", "report", "rounding"},
@@ -84,7 +91,7 @@ INSIDE = {  # a module of qronos_export, and what else of qronos_export it may i
     "validation": {"llamacpp"},
     "llamacpp": {"llamacpp_log", "llamacpp_build"},
     "llamacpp_build": {"llamacpp"},
-    "llamacpp_log": set(), "suspended": set(), "recipe": set(), "report": set(),
+    "llamacpp_log": set(), "suspended": set(), "recipe": set(), "report": {"typed_json"}, "typed_json": set(),
     "artifact": set(), "checkpoint": set(), "rounding": set(),
 }  # fmt: skip
 

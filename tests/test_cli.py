@@ -29,7 +29,7 @@ def test_help_imports_nothing_heavy() -> None:
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.strip().endswith("[]"), done.stdout
-    for command in ("quantize", "convert", "validate", "compare", "formats", "llamacpp"):
+    for command in ("quantize", "convert", "validate", "compare", "report", "publish", "formats", "llamacpp"):
         assert command in done.stdout
 
 
@@ -58,6 +58,8 @@ def test_formats_lists_every_format() -> None:
         ["compare", "absent.gguf", "--reference", "demo"],
         ["convert", "absent.gguf", "--output", "x"],
         ["convert", "absent.gguf", "--output", "x", "--artifact", "gguf"],
+        ["report"],
+        ["report", "x", "--chunks", "few"],
         ["quantize", "demo", "--output", "x", "--artifact", "gguf,gguf"],
         ["quantize", "demo", "--output", "x", "--accuracy-level", "3"],
         ["quantize", "demo", "--output", "x", "--accuracy-level", "0"],

@@ -1,0 +1,1 @@
+"""Commands that live in a module of their own; cli.py registers them."""
