@@ -20,6 +20,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.text import Text
 from matplotlib.ticker import MaxNLocator
 
 from qronos_export.report import LayerReport
@@ -241,25 +242,41 @@ def _labelled(digits: tuple[int, ...]) -> Callable[[float, Any], str]:
     return text
 
 
+_PLACES = tuple(
+    (across * far, up * far, side)
+    for far in (1, 2.2, 3.6)
+    for across, up, side in (
+        (9, 0, "left"), (-9, 0, "right"), (7, 9, "left"), (-7, -9, "right"), (7, -9, "left"), (-7, 9, "right"),
+        (0, 12, "center"), (0, -12, "center"),
+    )
+)  # fmt: skip
+"""Where a label may stand: points right of and above what it names, and its end that is there."""
+
+
 def _put_labels(figure: Figure, axes: Axes, files: Sequence[Measured]) -> None:
-    """A label beside each point, at the first of a few places where it covers neither another nor a point."""
+    """A label beside each point, where it covers the fewest others and points; with a line to it where it is far."""
     figure.draw_without_rendering()  # lays the axes out
     renderer = figure.canvas.get_renderer()  # type: ignore[attr-defined]
     points = [axes.transData.transform((file.bits, file.validation.kl_divergence)) for file in files]
+    inside = axes.get_window_extent(renderer)
     taken: list[Any] = []
-    for file, at in zip(files, points, strict=True):
-        places = [(9, 0, "left"), (-9, 0, "right"), *((dx, dy, "center") for dy in (12, -12, 24, -24) for dx in (0,))]
-        for place, (dx, dy, side) in enumerate(places):
+    for file in files:
+        tried: list[tuple[int, int, Any, Any]] = []
+        for place, (across, up, side) in enumerate(_PLACES):
             label = axes.annotate(
-                _short(file.label), (file.bits, file.validation.kl_divergence), (dx, dy), fontsize=8.5,
+                _short(file.label), (file.bits, file.validation.kl_divergence), (across, up), fontsize=8.5,
                 textcoords="offset points", ha=side, va="center", annotation_clip=False, zorder=4,
+                arrowprops={"arrowstyle": "-", "color": INK.faint, "shrinkA": 0, "shrinkB": 3} if place > 7 else None,
             )  # fmt: skip
-            box = label.get_window_extent(renderer)
-            free = not any(box.overlaps(other) for other in taken) and not any(
-                box.contains(*other) for other in points if other is not at
-            )
-            inside = axes.get_window_extent(renderer)
-            if (free and box.x0 > inside.x0 and box.x1 < figure.bbox.x1) or place == len(places) - 1:
-                taken.append(box)
+            label.update_positions(renderer)
+            box = Text.get_window_extent(label, renderer)  # without its line
+            outside = box.x0 < inside.x0 or box.y0 < inside.y0 or box.x1 > figure.bbox.x1 or box.y1 > inside.y1
+            covered = sum(map(box.overlaps, taken)) + sum(box.contains(*at) for at in points) + 9 * outside
+            tried.append((covered, place, label, box))
+            if not covered:
                 break
-            label.remove()
+        *_, best, box = min(tried, key=lambda each: each[:2])
+        taken.append(box)
+        for *_, label, _ in tried:
+            if label is not best:
+                label.remove()

@@ -110,13 +110,13 @@ def worst_tokens(
 
 def continued(encode: PreTrainedTokenizerBase, before: Sequence[int], token: int) -> tuple[str, str]:
     """The text of `before`, and what `token` adds to it: tokens alone have lost their spaces, or are parts of a
-    character. A token that adds nothing readable is shown by its name in the vocabulary."""
+    character. A token that adds none, or part of one, is shown by its name in the vocabulary."""
     text, whole = (
         str(encode.decode(ids, clean_up_tokenization_spaces=False)) for ids in (list(before), [*before, token])
     )
     same = next((i for i, (a, b) in enumerate(zip(text, whole, strict=False)) if a != b), min(len(text), len(whole)))
     piece = whole[same:]
-    if not piece.strip("�"):
+    if not piece or "�" in piece:
         return text, str(encode.convert_ids_to_tokens(token) or f"[{token}]")  # models have more ids than tokenizers
     return text[:same], piece
 
