@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import resource
 import sys
 
@@ -27,6 +28,8 @@ def give_back() -> None:
 
 def ran_out(error: BaseException) -> bool:
     """Whether `error` says that memory did not suffice. torch has no type of its own for that on a CPU."""
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
     if isinstance(error, RuntimeError) and not isinstance(error, torch.OutOfMemoryError):
         return any(words in str(error) for words in ("can't allocate memory", "std::bad_alloc"))
     return isinstance(error, MemoryError | torch.OutOfMemoryError)

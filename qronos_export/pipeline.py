@@ -109,7 +109,7 @@ def run(
             for event in events:
                 stage = event.name if isinstance(event, Stage) else stage
                 yield event
-        except (MemoryError, RuntimeError) as error:
+        except (MemoryError, RuntimeError, OSError) as error:
             if not ran_out(error):
                 raise
             what = [*str(error).splitlines(), type(error).__name__][0]

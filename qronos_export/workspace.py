@@ -10,6 +10,7 @@ from pathlib import Path
 
 from qronos_export.checkpoint import Checkpoint
 from qronos_export.errors import OutputError
+from qronos_export.memory import ran_out
 from qronos_export.recipe import Recipe
 
 SCRATCH = ".qronos-export-"
@@ -57,6 +58,8 @@ def scratch(output: Path, advice: str = "") -> Iterator[Path]:
     try:
         yield folder
     except OSError as error:
+        if ran_out(error):
+            raise
         raise OutputError(f"Writing to {output} failed: {error}.{advice}") from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
