@@ -11,19 +11,15 @@ import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
-from qronos_export.checkpoint import open_checkpoint, tokenizer
+from qronos_export.checkpoint import Tokenizer, open_checkpoint, tokenizer
 from qronos_export.errors import LlamaCppError
 from qronos_export.llamacpp import LlamaCpp
 from qronos_export.log_probabilities import LogProbabilities, divergences
 from qronos_export.proof import Held, float_file, held_out_file, reference
 from qronos_export.validation import Cache
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 WORST = 20
 BEFORE = 48  # tokens shown before the one in question
@@ -69,7 +65,7 @@ class WorstTokens:
 def worst_tokens(
     original: LogProbabilities,
     file: LogProbabilities,
-    encode: PreTrainedTokenizerBase,
+    encode: Tokenizer,
     *,
     count: int = WORST,
     text_sha256: str = "",
@@ -108,7 +104,7 @@ def worst_tokens(
     return WorstTokens(tokens, total / start, start, original.chunks, original.context, text_sha256)
 
 
-def continued(encode: PreTrainedTokenizerBase, before: Sequence[int], token: int) -> tuple[str, str]:
+def continued(encode: Tokenizer, before: Sequence[int], token: int) -> tuple[str, str]:
     """The text of `before`, and what `token` adds to it: tokens alone have lost their spaces, or are parts of a
     character. A token that adds none, or part of one, is shown by its name in the vocabulary."""
     text, whole = (

@@ -10,7 +10,7 @@ from .from_gguf import unpack
 from .hub import looks_like_id
 from .lazy import LazyModel, load_whole
 from .source import Checkpoint, open_checkpoint
-from .tokens import opening_token, tokenizer
+from .tokens import Tokenizer, opening_token, tokenizer
 from .writer import CheckpointWriter
 
 __all__ = [
@@ -18,6 +18,7 @@ __all__ = [
     "Checkpoint",
     "CheckpointWriter",
     "LazyModel",
+    "Tokenizer",
     "attention_windows",
     "base_card",
     "head_sizes",

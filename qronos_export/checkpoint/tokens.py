@@ -6,8 +6,10 @@ from qronos_export.errors import CheckpointError
 
 from .source import Checkpoint
 
+Tokenizer = PreTrainedTokenizerBase
 
-def tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
+
+def tokenizer(checkpoint: Checkpoint) -> Tokenizer:
     """The checkpoint's own tokenizer. Raises CheckpointError where the folder's files do not make one."""
     try:
         found = AutoTokenizer.from_pretrained(
