@@ -57,7 +57,8 @@ def resumable(output: Path, results: list[Path], force: bool, wanted: Mapping[st
     Raises OutputError where the state is another run's or is in use (`force` begins anew then), or where results exist
     that cannot be of this run.
     """
-    root = output / FOLDER
+    root, over = output / FOLDER, output / f"{FOLDER}-over"
+    shutil.rmtree(over, ignore_errors=True)  # of a run that was killed when all was done
     continued = (root / _MANIFEST).exists()
     if not continued:
         check_free(results, force)
@@ -84,13 +85,12 @@ def resumable(output: Path, results: list[Path], force: bool, wanted: Mapping[st
             except BaseException as error:
                 mends = isinstance(error, _MENDED_BY_ANOTHER) and not any(root.glob("step-*.json"))
                 if not continued and (mends or len(list(root.glob("*.json"))) < 2):
-                    shutil.rmtree(root)
+                    shutil.rmtree(root, ignore_errors=True)
                 raise
             for path in results:
                 _sync_all(path)
             _sync(output)
-            (root / _MANIFEST).unlink()
-            shutil.rmtree(root)
+            shutil.rmtree(root.rename(over))
 
 
 @contextmanager
