@@ -8,7 +8,7 @@ from .attention import attention_windows, head_sizes, round_cache
 from .from_gguf import unpack
 from .lazy import LazyModel, load_whole
 from .source import Checkpoint, open_checkpoint
-from .tokens import opening_token, tokenizer
+from .tokens import continued, opening_token, tokenizer
 from .writer import CheckpointWriter
 
 __all__ = [
@@ -16,6 +16,7 @@ __all__ = [
     "CheckpointWriter",
     "LazyModel",
     "attention_windows",
+    "continued",
     "head_sizes",
     "load_whole",
     "open_checkpoint",
