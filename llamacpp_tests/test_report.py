@@ -8,6 +8,7 @@ import shutil
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
@@ -21,7 +22,7 @@ from typer.testing import CliRunner
 from llamacpp_tests.test_families import read_scores
 from qronos_export import log_probabilities, pipeline
 from qronos_export.artifact.gguf import GGUFFile
-from qronos_export.checkpoint import open_checkpoint, tokenizer
+from qronos_export.checkpoint import continued, open_checkpoint, tokenizer
 from qronos_export.cli import app
 from qronos_export.errors import LlamaCppError, OutputError, QronosError, ReportError, UsageError
 from qronos_export.llamacpp import LlamaCpp
@@ -31,7 +32,7 @@ from qronos_export.recipe import Recipe
 from qronos_export.report import read_report
 from qronos_export.runs import compare, printable, read_baseline, read_runs, stored_tensors
 from qronos_export.validation import Cache, Reference
-from qronos_export.worst import continued, worst_tokens
+from qronos_export.worst import worst_tokens
 from tests.families import make
 
 CONTEXT, CHUNKS = 64, 4
@@ -390,7 +391,7 @@ def test_the_worst_tokens_are_those_numpy_finds(
     tokens = read_scores(kept.original).tokens.numpy()
     direct = np.where(p > -16, np.exp(p) * (p - q), 0).sum(-1)
     encode = tokenizer(open_checkpoint(str(made.model)))
-    found = worst_tokens(LogProbabilities(kept.original), LogProbabilities(kept.file), encode, count=20)
+    found = worst_tokens(LogProbabilities(kept.original), LogProbabilities(kept.file), partial(continued, encode))
     order = np.argsort(-direct, axis=None, kind="stable")[:20]
     assert [token.divergence for token in found.tokens] == pytest.approx(direct.flatten()[order].tolist(), rel=1e-9)
     for token, (chunk, place) in zip(
@@ -417,7 +418,7 @@ def test_the_worst_tokens_are_those_numpy_finds(
 
 def test_the_page_has_them(page: Page, kept: Kept, made: Made) -> None:
     encode = tokenizer(open_checkpoint(str(made.model)))
-    found = worst_tokens(LogProbabilities(kept.original), LogProbabilities(kept.file), encode)
+    found = worst_tokens(LogProbabilities(kept.original), LogProbabilities(kept.file), partial(continued, encode))
     there = {value for value, _ in page.numbers}
     assert len(found.tokens) == 20 and {token.divergence for token in found.tokens} <= there
     assert all(printable(token.before + token.right.text) in page.text for token in found.tokens)
@@ -432,7 +433,7 @@ def test_logits_that_are_not_whole_or_not_of_the_same_tokens_are_refused(kept: K
             LogProbabilities(short)
     other.write_bytes(content[:24] + bytes([content[24] ^ 1]) + content[25:])
     with pytest.raises(LlamaCppError, match="are about different tokens"):
-        worst_tokens(LogProbabilities(kept.original), LogProbabilities(other), None)  # type: ignore[arg-type]
+        worst_tokens(LogProbabilities(kept.original), LogProbabilities(other), lambda *_: ("", ""))
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3"])

@@ -139,11 +139,10 @@ def layer_errors(run: Run) -> Figure:
         handles.append(Line2D([], [], color=INK.text, linestyle=":", label="recoverable mismatch"))
     for kind, axes in zip(kinds, panels, strict=False):
         axes.set_title(_short(kind), loc="left")
-        shown = drawn[kind]
-        if min(shown) > 0:
-            axes.set_yscale("log")
+        if positive := [value for value in drawn[kind] if value > 0]:  # the first block's streams do not differ: 0
+            axes.set_yscale("log", nonpositive="mask")
             axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-            if max(shown) < 30 * min(shown):
+            if max(positive) < 30 * min(positive):
                 axes.yaxis.set_minor_formatter(_labelled((2, 5)))
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(True)

@@ -162,7 +162,8 @@ def _part(run: Run, index: int, count: int) -> RunPart:
         _picture(
             named("errors"),
             "Error of each block's tensors relative to the layer's output (lines), and the recoverable mismatch "
-            "(dotted), a panel for each kind of tensor. The table has the means, and all tensors below it.",
+            "(dotted), a panel for each kind of tensor; what is exactly 0 is left out. The table has the means, "
+            "and below it are all tensors.",
             partial(figures.layer_errors, run),
         )
         if any(figures.in_a_panel(layer) for layer in report.layers)

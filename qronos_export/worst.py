@@ -10,11 +10,12 @@ import heapq
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 
-from qronos_export.checkpoint import Tokenizer, open_checkpoint, tokenizer
+from qronos_export.checkpoint import continued, open_checkpoint, tokenizer
 from qronos_export.errors import LlamaCppError
 from qronos_export.llamacpp import LlamaCpp
 from qronos_export.log_probabilities import LogProbabilities, divergences
@@ -65,12 +66,13 @@ class WorstTokens:
 def worst_tokens(
     original: LogProbabilities,
     file: LogProbabilities,
-    encode: Tokenizer,
+    text_of: Callable[[Sequence[int], int], tuple[str, str]],
     *,
     count: int = WORST,
     text_sha256: str = "",
 ) -> WorstTokens:
-    """The `count` worst of what `original` and `file` kept of the same tokens; `encode` turns them into text.
+    """The `count` worst of what `original` and `file` kept of the same tokens. `text_of` tokens and the next one
+    is as the checkpoint's `continued`.
 
     Raises LlamaCppError where the two are not about the same tokens.
     """
@@ -97,24 +99,11 @@ def worst_tokens(
         chunk, place = divmod(-negative, scored)
         position = first + 1 + place
         ids = original.tokens[chunk, max(0, position - BEFORE) : position].tolist()
-        texts = [continued(encode, ids, token) for token, _, _ in guesses]
+        texts = [text_of(ids, token) for token, _, _ in guesses]
         before = min((text for text, _ in texts), key=len)  # of a character that a guess completes the guess has all
         chosen = [Guess(piece, *rest) for (_, piece), (_, *rest) in zip(texts, guesses, strict=True)]
         tokens.append(WorstToken(divergence, chunk, position, len(ids), before, *chosen))
     return WorstTokens(tokens, total / start, start, original.chunks, original.context, text_sha256)
-
-
-def continued(encode: Tokenizer, before: Sequence[int], token: int) -> tuple[str, str]:
-    """The text of `before`, and what `token` adds to it: tokens alone have lost their spaces, or are parts of a
-    character. A token that adds none, or part of one, is shown by its name in the vocabulary."""
-    text, whole = (
-        str(encode.decode(ids, clean_up_tokenization_spaces=False)) for ids in (list(before), [*before, token])
-    )
-    same = next((i for i, (a, b) in enumerate(zip(text, whole, strict=False)) if a != b), min(len(text), len(whole)))
-    piece = whole[same:]
-    if not piece or "�" in piece:
-        return text, str(encode.convert_ids_to_tokens(token) or f"[{token}]")  # models have more ids than tokenizers
-    return text[:same], piece
 
 
 def measure(
@@ -129,7 +118,7 @@ def measure(
     """The worst tokens of each of `files`, whose keys and values llama.cpp keeps in its Cache, against their float
     `model`: folder, hub id, .gguf or `demo`. `on_file` is told which model runs."""
     checkpoint = open_checkpoint(model)
-    encode = tokenizer(checkpoint)
+    text_of = partial(continued, tokenizer(checkpoint))
     results = []
     with tempfile.TemporaryDirectory(prefix="qronos-export-") as scratch:
         folder = Path(scratch)
@@ -145,6 +134,6 @@ def measure(
                     on_file(path.name)
                 with against.log_probabilities(path, cache, on_chunk=on_progress) as kept:
                     results.append(
-                        worst_tokens(original, LogProbabilities(kept), encode, text_sha256=against.text_sha256)
+                        worst_tokens(original, LogProbabilities(kept), text_of, text_sha256=against.text_sha256)
                     )
     return results

@@ -10,7 +10,7 @@ from .from_gguf import unpack
 from .hub import looks_like_id
 from .lazy import LazyModel, load_whole
 from .source import Checkpoint, open_checkpoint
-from .tokens import Tokenizer, opening_token, tokenizer
+from .tokens import continued, opening_token, tokenizer
 from .writer import CheckpointWriter
 
 __all__ = [
@@ -18,9 +18,9 @@ __all__ = [
     "Checkpoint",
     "CheckpointWriter",
     "LazyModel",
-    "Tokenizer",
     "attention_windows",
     "base_card",
+    "continued",
     "head_sizes",
     "load_whole",
     "looks_like_id",

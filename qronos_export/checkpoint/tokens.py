@@ -1,4 +1,6 @@
-"""The tokenizer of a checkpoint, and the token its model expects first."""
+"""The tokenizer of a checkpoint, the token its model expects first, and tokens as text."""
+
+from collections.abc import Sequence
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
@@ -6,10 +8,8 @@ from qronos_export.errors import CheckpointError
 
 from .source import Checkpoint
 
-Tokenizer = PreTrainedTokenizerBase
 
-
-def tokenizer(checkpoint: Checkpoint) -> Tokenizer:
+def tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
     """The checkpoint's own tokenizer. Raises CheckpointError where the folder's files do not make one."""
     try:
         found = AutoTokenizer.from_pretrained(
@@ -31,3 +31,16 @@ def opening_token(tokenizer: PreTrainedTokenizerBase) -> int | None:
     plain = tokenizer("a", add_special_tokens=False)["input_ids"]
     dressed = tokenizer("a")["input_ids"]
     return dressed[0] if dressed[:1] != plain[:1] else None
+
+
+def continued(tokenizer: PreTrainedTokenizerBase, before: Sequence[int], token: int) -> tuple[str, str]:
+    """The text of `before`, and what `token` adds to it: tokens alone have lost their spaces, or are parts of a
+    character. A token that adds none, or part of one, is shown by its name in the vocabulary."""
+    text, whole = (
+        str(tokenizer.decode(ids, clean_up_tokenization_spaces=False)) for ids in (list(before), [*before, token])
+    )
+    same = next((i for i, (a, b) in enumerate(zip(text, whole, strict=False)) if a != b), min(len(text), len(whole)))
+    piece = whole[same:]
+    if not piece or "�" in piece:
+        return text, str(tokenizer.convert_ids_to_tokens(token) or f"[{token}]")  # models have more ids than tokenizers
+    return text[:same], piece
