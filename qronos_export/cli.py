@@ -13,13 +13,24 @@ import traceback
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from qronos_export import __version__
+from qronos_export.commands.options import (
+    LlamaCppOption,
+    RecipeOption,
+    SetOption,
+    console,
+    override_of,
+    setting,
+    setting_of,
+    table,
+)
+from qronos_export.commands.plan import plan
 from qronos_export.errors import GateError, QronosError, UsageError
-from qronos_export.recipe import RECIPE_FIELDS, Recipe, load_recipe, plain_value, recipe_from, shipped
+from qronos_export.recipe import RECIPE_FIELDS, load_recipe, recipe_from, shipped
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -40,21 +51,6 @@ recipe_app = typer.Typer(help="Recipes that come with the program.", no_args_is_
 app.add_typer(recipe_app, name="recipe")
 
 
-def _setting(name: str, help: str, **more: Any) -> Any:
-    """An option that overrides the recipe's `name`; the recipe owns the default."""
-    return typer.Option(help=help, show_default=str(getattr(Recipe, name)), **more)
-
-
-LlamaCppOption = Annotated[
-    Path | None, typer.Option("--llamacpp", help="Folder of llama.cpp's tools; otherwise found.", metavar="FOLDER")
-]
-RecipeOption = Annotated[
-    str | None, typer.Option(help="YAML of settings, a report.json, or one of `recipe list`.", metavar="FILE|NAME")
-]
-SetOption = Annotated[
-    list[str] | None,
-    typer.Option("--set", help="Anything of the recipe; wins over its file.", metavar="KEY=VALUE"),
-]
 ContextOption = Annotated[int, typer.Option("--context", help="Tokens a chunk.")]
 ChunksOption = Annotated[int | None, typer.Option("--chunks", help="Chunks to validate on at most.")]
 TextOption = Annotated[
@@ -95,17 +91,17 @@ def quantize(
         str | None, typer.Argument(help="Folder with config.json and safetensors, hub id, float .gguf, or `demo`.")
     ] = None,
     format: Annotated[
-        str | None, _setting("format", "Types or mixes by llama.cpp's names, comma separated; a file for each.")
+        str | None, setting("format", "Types or mixes by llama.cpp's names, comma separated; a file for each.")
     ] = None,
     artifact: Annotated[
         str | None,
-        _setting(
+        setting(
             "artifact",
             "What to write, comma separated: gguf, onnx (onnxruntime-genai), onnx-js (transformers.js), onnx-plain.",
         ),
     ] = None,
     accuracy_level: Annotated[
-        int | None, _setting("accuracy_level", "How ONNX multiplies: 4 with inputs rounded to int8, 0 in float.")
+        int | None, setting("accuracy_level", "How ONNX multiplies: 4 with inputs rounded to int8, 0 in float.")
     ] = None,
     override: Annotated[
         list[str] | None,
@@ -116,19 +112,19 @@ def quantize(
     pure: Annotated[bool | None, typer.Option("--pure", help="One type for all tensors, no mix.")] = None,
     transforms: Annotated[
         str | None,
-        _setting(
+        setting(
             "transforms",
             "Done to the weights before, comma separated: hadamard, hadamard-r2, spinquant, smoothquant, awq, aqas, "
             "equalize, permute; or none. auto: equalize, unless the method is rtn.",
         ),
     ] = None,
-    spin_steps: Annotated[int | None, _setting("spin_steps", "How often spinquant moves its rotations.")] = None,
-    method: Annotated[str | None, _setting("method", "qronos, gptaq, gptq (ldlq), gpfq or rtn.")] = None,
+    spin_steps: Annotated[int | None, setting("spin_steps", "How often spinquant moves its rotations.")] = None,
+    method: Annotated[str | None, setting("method", "qronos, gptaq, gptq (ldlq), gpfq or rtn.")] = None,
     calibration: Annotated[
-        str | None, _setting("calibration", "Text file, hf:NAME[:CONFIG[:SPLIT]], or self: sampled from the model.")
+        str | None, setting("calibration", "Text file, hf:NAME[:CONFIG[:SPLIT]], or self: sampled from the model.")
     ] = None,
-    samples: Annotated[int | None, _setting("samples", "Calibration sequences.")] = None,
-    sequence_length: Annotated[int | None, _setting("sequence_length", "Tokens a sequence.")] = None,
+    samples: Annotated[int | None, setting("samples", "Calibration sequences.")] = None,
+    sequence_length: Annotated[int | None, setting("sequence_length", "Tokens a sequence.")] = None,
     match_lengths: Annotated[
         str | None,
         typer.Option(
@@ -136,17 +132,17 @@ def quantize(
             metavar="FILE",
         ),
     ] = None,
-    seed: Annotated[int | None, _setting("seed", "Of the choice or sampling of text.")] = None,
-    damping: Annotated[float | None, _setting("damping", "λ as a share of mean(diag H).")] = None,
+    seed: Annotated[int | None, setting("seed", "Of the choice or sampling of text.")] = None,
+    damping: Annotated[float | None, setting("damping", "λ as a share of mean(diag H).")] = None,
     shrinkage: Annotated[
-        float | None, _setting("shrinkage", "How far the measured mismatch of the streams is trusted, 0 to 1.")
+        float | None, setting("shrinkage", "How far the measured mismatch of the streams is trusted, 0 to 1.")
     ] = None,
     ridge: Annotated[
-        float | None, _setting("ridge", "ρ of that correction as a share of mean(diag H); more for less text.")
+        float | None, setting("ridge", "ρ of that correction as a share of mean(diag H); more for less text.")
     ] = None,
-    magr: Annotated[float | None, _setting("magr", "MagR's α, for few bits: how much of extremes is given up.")] = None,
+    magr: Annotated[float | None, setting("magr", "MagR's α, for few bits: how much of extremes is given up.")] = None,
     order: Annotated[
-        str | None, _setting("order", "Columns: natural, descending, min_pivot, or blocks: heavy ones first.")
+        str | None, setting("order", "Columns: natural, descending, min_pivot, or blocks: heavy ones first.")
     ] = None,
     attention_aware: Annotated[
         bool | None,
@@ -154,8 +150,8 @@ def quantize(
             help="Round q, k and v by what attention does with their outputs; slower.", show_default="with qronos"
         ),
     ] = None,
-    micro_batch: Annotated[int | None, _setting("micro_batch", "Sequences run at a time.")] = None,
-    device: Annotated[str | None, _setting("device", "auto, cpu, cuda or cuda:i.")] = None,
+    micro_batch: Annotated[int | None, setting("micro_batch", "Sequences run at a time.")] = None,
+    device: Annotated[str | None, setting("device", "auto, cpu, cuda or cuda:i.")] = None,
     recipe: RecipeOption = None,
     settings: SetOption = None,
     text: TextOption = None,
@@ -170,9 +166,9 @@ def quantize(
     """Quantize MODEL into DIR/<model>-<FORMAT>.gguf, one for each format, and DIR/report.json; ONNX models get folders
     beside them."""
     given = {name: value for name, value in locals().items() if name in RECIPE_FIELDS and value is not None}
-    given = dict(_setting_of(each) for each in settings or []) | given
+    given = dict(setting_of(each) for each in settings or []) | given
     if override:
-        given["overrides"] = dict(_override(each) for each in override)
+        given["overrides"] = dict(override_of(each) for each in override)
     wanted = load_recipe(recipe, **given) if recipe else recipe_from(given, "The command line")
 
     from qronos_export.llamacpp import find
@@ -201,11 +197,7 @@ def quantize(
     _summary(result, folder)
 
 
-def _override(given: str) -> tuple[str, str]:
-    glob, separator, kind = given.rpartition("=")
-    if not (glob and separator and kind):
-        raise UsageError(f"--override {given} is not GLOB=TYPE; write for example --override 'blk.*.ffn_down.*=Q6_K'.")
-    return glob, kind
+app.command()(plan)
 
 
 @app.command()
@@ -246,7 +238,7 @@ def convert(
                     *(("note", note) for note in notes),
                 ]
         progress.remove_task(task)
-    _table(*rows)
+    table(*rows)
 
 
 def _cache(k: str | None, v: str | None) -> dict[str, str]:
@@ -285,7 +277,7 @@ def validate(
     if as_json:
         typer.echo(json.dumps({**result.to_json(), "failures": failures, "passed": not failures}, indent=2))
     else:
-        _table(
+        table(
             ("perplexity", f"{result.perplexity:.4f} ± {result.perplexity_error:.4f}"),
             ("  of the float model", f"{result.perplexity_reference:.4f} ({result.perplexity_increase:+.2f} %)"),
             ("KL divergence", f"{result.kl_divergence:.5f} ± {result.kl_divergence_error:.5f} nats"),
@@ -319,7 +311,7 @@ def evaluate(
     All linear layers of the blocks get the recipe's type, a key of `formats` or a grid such as INT4_G128; embedding and
     output matrix stay float. --tasks scores both models in lm-eval besides, and takes memory for all of their weights.
     """
-    given = dict(_setting_of(each) for each in settings or []) | {"model": model}
+    given = dict(setting_of(each) for each in settings or []) | {"model": model}
     wanted = load_recipe(recipe, **given) if recipe else recipe_from(given, "--set") if settings else None
     names = [] if tasks is None else [name.strip() for name in tasks.split(",")]
     if not all(names):
@@ -371,7 +363,7 @@ def evaluate(
     rows += [("note", note) for note in notes[:5]]
     if len(notes) > 5:
         rows.append(("", f"{len(notes) - 5} more notes with --json"))
-    _table(*rows)
+    table(*rows)
 
 
 def _scored(row: dict[str, float]) -> Iterator[tuple[str, str]]:
@@ -384,17 +376,10 @@ def _scored(row: dict[str, float]) -> Iterator[tuple[str, str]]:
             yield label, f"{value:.4f}" + ("" if error is None else f" ± {error:.4f}")
 
 
-def _setting_of(given: str) -> tuple[str, Any]:
-    key, separator, value = given.partition("=")
-    if not (separator and key):
-        raise UsageError(f"--set {given} is not KEY=VALUE; write for example --set format=INT4_G128.")
-    return key, plain_value(value)
-
-
 @recipe_app.command("list")
 def recipe_list() -> None:
     """Recipes that come with the program."""
-    _table(
+    table(
         *(
             (name, path.read_text(encoding="utf-8").splitlines()[0].removeprefix("# "))
             for name, path in shipped().items()
@@ -424,7 +409,7 @@ def formats() -> None:
         if fmt.ggml_type is None:
             methods = "no GGUF type; ONNX or torch"
         table.add_row(fmt.name, f"{fmt.bits_per_weight:g}", str(fmt.block_size), str(fmt.block_bytes), methods)
-    _console().print(table)
+    console().print(table)
     typer.echo(f"\nScales on the CPU are searched by: {how()}")
 
 
@@ -446,7 +431,7 @@ def llamacpp_where(llamacpp: LlamaCppOption = None) -> None:
     from qronos_export.llamacpp import find
 
     found = find(llamacpp)
-    _table(
+    table(
         ("tools", str(found.bin_folder)),
         ("version", found.version),
         ("converter", str(found.source or "none: run `qronos-export llamacpp install`")),
@@ -489,24 +474,7 @@ def _summary(result: RunReport, folder: Path) -> None:
             rows.append(("", f"{len(mine) - 5} more notes in report.json"))
     rows += [("note", note) for note in result.notes]
     rows.append(("report", f"{folder / 'report.json'}, {result.seconds['total']:.0f} s in all"))
-    _table(*rows)
-
-
-def _table(*rows: tuple[str, str]) -> None:
-    from rich.table import Table
-
-    table = Table(box=None, show_header=False, pad_edge=False)
-    table.add_column(no_wrap=True)
-    table.add_column(overflow="fold")
-    for row in rows:
-        table.add_row(*row)
-    _console().print(table)
-
-
-def _console() -> Any:
-    from rich.console import Console
-
-    return Console(highlight=False, markup=False, soft_wrap=not sys.stdout.isatty())
+    table(*rows)
 
 
 def _progress() -> Progress:

@@ -20,7 +20,7 @@ from qronos_export.memory import give_back
 from qronos_export.plan import Mix
 from qronos_export.recipe import Recipe
 from qronos_export.report import LayerReport
-from qronos_export.rounding import ROUNDERS, Settings, blind
+from qronos_export.rounding import ROUNDERS, Rounder, Settings, blind
 from qronos_export.statistics import LayerStats
 
 
@@ -55,11 +55,7 @@ def calibrate(
     passengers: Passengers | None = None,
 ) -> Iterator[LayerReport]:
     """Embedding, every block, head: all streams side by side; yields each tensor as it is rounded."""
-    rounder = blind if recipe.method == "rtn" else ROUNDERS[recipe.method]
-    settings = Settings(
-        recipe.damping, recipe.shrinkage, recipe.order, recipe.magr, recipe.seed if recipe.stochastic else None,
-        recipe.refine, recipe.holds_out_one_in > 0, recipe.ridge,
-    )  # fmt: skip
+    rounder, settings = rounder_settings(recipe)
     decoder = calibration.Decoder(model.model.get_decoder(), model.blocks)
     runtime = _runtime(model, plan, outputs, recipe)
 
@@ -123,6 +119,15 @@ def calibrate(
                     passengers.heads.append(head.matrices[0].quantized)
             elif passengers:
                 passengers.heads.append(weight)
+
+
+def rounder_settings(recipe: Recipe) -> tuple[Rounder, Settings]:
+    """What rounds the blocks and the head, and how."""
+    rounder = blind if recipe.method == "rtn" else ROUNDERS[recipe.method]
+    return rounder, Settings(
+        recipe.damping, recipe.shrinkage, recipe.order, recipe.magr, recipe.seed if recipe.stochastic else None,
+        recipe.refine, recipe.holds_out_one_in > 0, recipe.ridge,
+    )  # fmt: skip
 
 
 def held_out(sequences: int, one_in: int) -> torch.Tensor:

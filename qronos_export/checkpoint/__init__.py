@@ -6,6 +6,7 @@ weights that are already quantized and code that comes with a checkpoint (unless
 
 from .attention import attention_windows, head_sizes, round_cache
 from .from_gguf import unpack
+from .hollow import HollowModel, hollow_folder
 from .lazy import LazyModel, load_whole
 from .source import Checkpoint, open_checkpoint
 from .tokens import opening_token, tokenizer
@@ -14,9 +15,11 @@ from .writer import CheckpointWriter
 __all__ = [
     "Checkpoint",
     "CheckpointWriter",
+    "HollowModel",
     "LazyModel",
     "attention_windows",
     "head_sizes",
+    "hollow_folder",
     "load_whole",
     "open_checkpoint",
     "opening_token",
