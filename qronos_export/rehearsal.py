@@ -92,6 +92,8 @@ class Rehearsal:
     def __init__(self, rounder: Rounder, settings: Settings, machine: Machine, device: torch.device) -> None:
         self._rounder, self._settings, self._machine, self._device = rounder, settings, machine, device
         self._try = cache(self._tried)
+        self._nearest_try = cache(self._nearest_tried)
+        self._factors_try = cache(self._factors_tried)
 
     def rounding(self, fmt: BlockFormat, rows: int, columns: int, heads: tuple[int, int] | None = None) -> Cost:
         """Of `rows` × `columns` weights together; `heads` of so many rows each are rounded row by row."""
@@ -127,14 +129,14 @@ class Rehearsal:
     def nearest(self, fmt: BlockFormat, rows: int, columns: int) -> Cost:
         """Of weights rounded to nearest without statistics: all of it goes by rows."""
         side = -(-columns // fmt.block_size) * fmt.block_size
-        few, many = (self._nearest_tried(fmt, count, side) for count in (1024, 2048))
+        few, many = (self._nearest_try(fmt, count, side) for count in (1024, 2048))
         slope = max(0.0, many.bytes - few.bytes) / 1024
         pace = max(0.0, many.seconds) / 2048
         return Cost(max(few.bytes, few.bytes + slope * (rows - 1024)), pace * rows)
 
     def factors(self, name: str, format: str, columns: int) -> Cost:
         """Of a transform's search for factors of one group of matrices, on a thousand rows."""
-        small, large = (self._factors_tried(name, format, side) for side in _SIDES)
+        small, large = (self._factors_try(name, format, side) for side in _SIDES)
         unit = columns / _SIDES[0]
         square = max(0.0, (large.bytes - 2 * small.bytes) / 2)
         return Cost(
