@@ -22,7 +22,8 @@ from qronos_export.workspace import float_bytes, folded_bytes, stored_bytes
 
 _FLOAT = 4
 _PASSES = 8  # times that loading, matching and comparing go through the weights
-_CHUNK = 1 << 22  # weights whose rows are hashed at a time, in int64 and in a product of int64
+_CHUNK = 1 << 22  # weights whose rows are hashed at a time
+_HASHED = 60  # bytes for each of these that glibc's heap grows by: measured on the demo's embedding, 254 MB
 _SYMMETRIC, _CROSS = 10 / 16 * 2, 2  # operations for an entry of H, of which 10 of 16 panels are computed, and of G
 
 
@@ -71,7 +72,7 @@ class Budget:
         seen = self._seen
         outside = {"embedding and head": seen.outside * _FLOAT}
         largest = max(seen.vocabulary * seen.hidden, max(block.largest for block in seen.blocks))
-        yield "matching rows", {**outside, "hashes of rows": 24 * min(_CHUNK, largest)}
+        yield "matching rows", {**outside, "hashes of rows": _HASHED * min(_CHUNK, largest)}
         if self._calibrated and self._recipe.calibration == "self":
             yield "sampling text", self._sampling()
         if self._recipe.transform_names:
@@ -97,6 +98,7 @@ class Budget:
         yield "embedding", {
             **outside, **arguments, "hidden states": self._streams * self._states,
             "its stored values": _FLOAT * seen.vocabulary * seen.hidden, "rounding": rounded,
+            "hashes of rows": _HASHED * min(_CHUNK, seen.vocabulary * seen.hidden),
         }  # fmt: skip
         for number in seen.blocks_by_number:
             for moment, terms in self._block(number):
@@ -107,13 +109,17 @@ class Budget:
                 "its stored values": _FLOAT * seen.vocabulary * seen.hidden,
                 "statistics": self._statistics(seen.hidden),
                 "rounding": max(self._rehearsal.rounding(job.fmt, job.rows, job.columns).bytes for job in heads),
+                "hashes of rows": _HASHED * min(_CHUNK, seen.vocabulary * seen.hidden),
             }  # fmt: skip
 
     def _block(self, number: int) -> Iterator[tuple[str, dict[str, float]]]:
         recipe, block = self._recipe, self._seen.blocks[number]
         at_once = min(recipe.micro_batch, recipe.samples)
         streams = 1 + self._streams
-        weights = {"block, once per stream": streams * _FLOAT * block.weights}
+        weights: dict[str, float] = {
+            "block, once per stream": streams * _FLOAT * block.weights,
+            "hashes of rows": _HASHED * min(_CHUNK, block.largest),
+        }
         for place_number, place in enumerate(block.places):
             waiting = streams * place.held.of(recipe.samples, recipe.sequence_length)
             waiting += sum(p.payload.of(at_once, recipe.sequence_length) for p in block.places[place_number + 1 :])
