@@ -70,7 +70,7 @@ class Budget:
 
     def _moments(self) -> Iterator[tuple[str, dict[str, float]]]:
         seen = self._seen
-        outside = {"embedding and head": seen.outside * _FLOAT}
+        outside: dict[str, float] = {"embedding and head": seen.outside * _FLOAT}
         largest = max(seen.vocabulary * seen.hidden, max(block.largest for block in seen.blocks))
         yield "matching rows", {**outside, "hashes of rows": _HASHED * min(_CHUNK, largest)}
         if self._calibrated and self._recipe.calibration == "self":

@@ -125,8 +125,9 @@ def survey(
         blocks.append(known[key])
     shape = model.model.config.get_text_config()
     _, arguments = decoder.enter(torch.full((sequences, length), 5))
+    vocabulary, hidden = model.embedding.weight.shape
     return Survey(
-        blocks, model.block_names, *model.embedding.weight.shape, model.tied, model.head is not None,
+        blocks, model.block_names, vocabulary, hidden, model.tied, model.head is not None,
         at_a_time(shape, length), getattr(shape, "num_experts_per_tok", None) or 1, _bytes(arguments, set()),
     )  # fmt: skip
 
