@@ -16,7 +16,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -30,17 +30,23 @@ from qronos_export.commands.options import (
     ChunksOption,
     ContextOption,
     LlamaCppOption,
+    RecipeOption,
+    SetOption,
     TextOption,
     cache_types,
+    console,
+    override_of,
+    setting,
+    setting_of,
+    table,
 )
-from qronos_export.commands.options import console as _console
 from qronos_export.commands.options import progress as _progress
-from qronos_export.commands.options import table as _table
+from qronos_export.commands.plan import plan
 from qronos_export.commands.publish import publish
 from qronos_export.commands.report import report
 from qronos_export.commands.validate import validate
 from qronos_export.errors import QronosError, UsageError
-from qronos_export.recipe import RECIPE_FIELDS, Recipe, load_recipe, plain_value, recipe_from, shipped
+from qronos_export.recipe import RECIPE_FIELDS, Recipe, load_recipe, recipe_from, shipped
 
 if TYPE_CHECKING:
     from qronos_export.proof import Held
@@ -59,20 +65,6 @@ llamacpp_app = typer.Typer(help="The llama.cpp behind this tool.", no_args_is_he
 app.add_typer(llamacpp_app, name="llamacpp")
 recipe_app = typer.Typer(help="Recipes that come with the program.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(recipe_app, name="recipe")
-
-
-def _setting(name: str, help: str, **more: Any) -> Any:
-    """An option that overrides the recipe's `name`; the recipe owns the default."""
-    return typer.Option(help=help, show_default=str(getattr(Recipe, name)), **more)
-
-
-RecipeOption = Annotated[
-    str | None, typer.Option(help="YAML of settings, a report.json, or one of `recipe list`.", metavar="FILE|NAME")
-]
-SetOption = Annotated[
-    list[str] | None,
-    typer.Option("--set", help="Anything of the recipe; wins over its file.", metavar="KEY=VALUE"),
-]
 
 
 def _version(wanted: bool) -> None:
@@ -98,17 +90,17 @@ def quantize(
         str | None, typer.Argument(help="Folder with config.json and safetensors, hub id, float .gguf, or `demo`.")
     ] = None,
     format: Annotated[
-        str | None, _setting("format", "Types or mixes by llama.cpp's names, comma separated; a file for each.")
+        str | None, setting("format", "Types or mixes by llama.cpp's names, comma separated; a file for each.")
     ] = None,
     artifact: Annotated[
         str | None,
-        _setting(
+        setting(
             "artifact",
             "What to write, comma separated: gguf, onnx (onnxruntime-genai), onnx-js (transformers.js), onnx-plain.",
         ),
     ] = None,
     accuracy_level: Annotated[
-        int | None, _setting("accuracy_level", "How ONNX multiplies: 4 with inputs rounded to int8, 0 in float.")
+        int | None, setting("accuracy_level", "How ONNX multiplies: 4 with inputs rounded to int8, 0 in float.")
     ] = None,
     override: Annotated[
         list[str] | None,
@@ -119,19 +111,19 @@ def quantize(
     pure: Annotated[bool | None, typer.Option("--pure", help="One type for all tensors, no mix.")] = None,
     transforms: Annotated[
         str | None,
-        _setting(
+        setting(
             "transforms",
             "Done to the weights before, comma separated: hadamard, hadamard-r2, spinquant, smoothquant, awq, aqas, "
             "equalize, permute; or none. auto: equalize, unless the method is rtn.",
         ),
     ] = None,
-    spin_steps: Annotated[int | None, _setting("spin_steps", "How often spinquant moves its rotations.")] = None,
-    method: Annotated[str | None, _setting("method", "qronos, gptaq, gptq (ldlq), gpfq or rtn.")] = None,
+    spin_steps: Annotated[int | None, setting("spin_steps", "How often spinquant moves its rotations.")] = None,
+    method: Annotated[str | None, setting("method", "qronos, gptaq, gptq (ldlq), gpfq or rtn.")] = None,
     calibration: Annotated[
-        str | None, _setting("calibration", "Text file, hf:NAME[:CONFIG[:SPLIT]], or self: sampled from the model.")
+        str | None, setting("calibration", "Text file, hf:NAME[:CONFIG[:SPLIT]], or self: sampled from the model.")
     ] = None,
-    samples: Annotated[int | None, _setting("samples", "Calibration sequences.")] = None,
-    sequence_length: Annotated[int | None, _setting("sequence_length", "Tokens a sequence.")] = None,
+    samples: Annotated[int | None, setting("samples", "Calibration sequences.")] = None,
+    sequence_length: Annotated[int | None, setting("sequence_length", "Tokens a sequence.")] = None,
     match_lengths: Annotated[
         str | None,
         typer.Option(
@@ -139,17 +131,17 @@ def quantize(
             metavar="FILE",
         ),
     ] = None,
-    seed: Annotated[int | None, _setting("seed", "Of the choice or sampling of text.")] = None,
-    damping: Annotated[float | None, _setting("damping", "λ as a share of mean(diag H).")] = None,
+    seed: Annotated[int | None, setting("seed", "Of the choice or sampling of text.")] = None,
+    damping: Annotated[float | None, setting("damping", "λ as a share of mean(diag H).")] = None,
     shrinkage: Annotated[
-        float | None, _setting("shrinkage", "How far the measured mismatch of the streams is trusted, 0 to 1.")
+        float | None, setting("shrinkage", "How far the measured mismatch of the streams is trusted, 0 to 1.")
     ] = None,
     ridge: Annotated[
-        float | None, _setting("ridge", "ρ of that correction as a share of mean(diag H); more for less text.")
+        float | None, setting("ridge", "ρ of that correction as a share of mean(diag H); more for less text.")
     ] = None,
-    magr: Annotated[float | None, _setting("magr", "MagR's α, for few bits: how much of extremes is given up.")] = None,
+    magr: Annotated[float | None, setting("magr", "MagR's α, for few bits: how much of extremes is given up.")] = None,
     order: Annotated[
-        str | None, _setting("order", "Columns: natural, descending, min_pivot, or blocks: heavy ones first.")
+        str | None, setting("order", "Columns: natural, descending, min_pivot, or blocks: heavy ones first.")
     ] = None,
     attention_aware: Annotated[
         bool | None,
@@ -157,8 +149,8 @@ def quantize(
             help="Round q, k and v by what attention does with their outputs; slower.", show_default="with qronos"
         ),
     ] = None,
-    micro_batch: Annotated[int | None, _setting("micro_batch", "Sequences run at a time.")] = None,
-    device: Annotated[str | None, _setting("device", "auto, cpu, cuda or cuda:i.")] = None,
+    micro_batch: Annotated[int | None, setting("micro_batch", "Sequences run at a time.")] = None,
+    device: Annotated[str | None, setting("device", "auto, cpu, cuda or cuda:i.")] = None,
     recipe: RecipeOption = None,
     settings: SetOption = None,
     text: TextOption = None,
@@ -176,9 +168,9 @@ def quantize(
     """Quantize MODEL into DIR/<model>-<FORMAT>.gguf, one for each format, and DIR/report.json; ONNX models get folders
     beside them."""
     given = {name: value for name, value in locals().items() if name in RECIPE_FIELDS and value is not None}
-    given = dict(_setting_of(each) for each in settings or []) | given
+    given = dict(setting_of(each) for each in settings or []) | given
     if override:
-        given["overrides"] = dict(_override(each) for each in override)
+        given["overrides"] = dict(override_of(each) for each in override)
     wanted = load_recipe(recipe, **given) if recipe else recipe_from(given, "The command line")
 
     from qronos_export.pipeline import follow
@@ -242,11 +234,7 @@ def _resumable(state: Path | None) -> Iterator[None]:
         raise
 
 
-def _override(given: str) -> tuple[str, str]:
-    glob, separator, kind = given.rpartition("=")
-    if not (glob and separator and kind):
-        raise UsageError(f"--override {given} is not GLOB=TYPE; write for example --override 'blk.*.ffn_down.*=Q6_K'.")
-    return glob, kind
+app.command()(plan)
 
 
 @app.command()
@@ -287,7 +275,7 @@ def convert(
                     *(("note", note) for note in notes),
                 ]
         progress.remove_task(task)
-    _table(*rows)
+    table(*rows)
 
 
 app.command()(validate)
@@ -316,7 +304,7 @@ def evaluate(
     All linear layers of the blocks get the recipe's type, a key of `formats` or a grid such as INT4_G128; embedding and
     output matrix stay float. --tasks scores both models in lm-eval besides, and takes memory for all of their weights.
     """
-    given = dict(_setting_of(each) for each in settings or []) | {"model": model}
+    given = dict(setting_of(each) for each in settings or []) | {"model": model}
     wanted = load_recipe(recipe, **given) if recipe else recipe_from(given, "--set") if settings else None
     names = [] if tasks is None else [name.strip() for name in tasks.split(",")]
     if not all(names):
@@ -368,7 +356,7 @@ def evaluate(
     rows += [("note", note) for note in notes[:5]]
     if len(notes) > 5:
         rows.append(("", f"{len(notes) - 5} more notes with --json"))
-    _table(*rows)
+    table(*rows)
 
 
 def _scored(row: dict[str, float]) -> Iterator[tuple[str, str]]:
@@ -381,13 +369,6 @@ def _scored(row: dict[str, float]) -> Iterator[tuple[str, str]]:
             yield label, f"{value:.4f}" + ("" if error is None else f" ± {error:.4f}")
 
 
-def _setting_of(given: str) -> tuple[str, Any]:
-    key, separator, value = given.partition("=")
-    if not (separator and key):
-        raise UsageError(f"--set {given} is not KEY=VALUE; write for example --set format=INT4_G128.")
-    return key, plain_value(value)
-
-
 app.command()(card)
 app.command()(publish)
 app.command()(inspect)
@@ -397,7 +378,7 @@ app.command()(report)
 @recipe_app.command("list")
 def recipe_list() -> None:
     """Recipes that come with the program."""
-    _table(
+    table(
         *(
             (name, path.read_text(encoding="utf-8").splitlines()[0].removeprefix("# "))
             for name, path in shipped().items()
@@ -427,7 +408,7 @@ def formats() -> None:
         if fmt.ggml_type is None:
             methods = "no GGUF type; ONNX or torch"
         table.add_row(fmt.name, f"{fmt.bits_per_weight:g}", str(fmt.block_size), str(fmt.block_bytes), methods)
-    _console().print(table)
+    console().print(table)
     typer.echo(f"\nScales on the CPU are searched by: {how()}")
 
 
@@ -449,7 +430,7 @@ def llamacpp_where(llamacpp: LlamaCppOption = None) -> None:
     from qronos_export.llamacpp import find
 
     found = find(llamacpp)
-    _table(
+    table(
         ("tools", str(found.bin_folder)),
         ("version", found.version),
         ("converter", str(found.source or "none: run `qronos-export llamacpp install`")),
@@ -492,7 +473,7 @@ def _summary(result: RunReport, folder: Path) -> None:
             rows.append(("", f"{len(mine) - 5} more notes in report.json"))
     rows += [("note", note) for note in result.notes]
     rows.append(("report", f"{folder / 'report.json'}, {result.seconds['total']:.0f} s in all"))
-    _table(*rows)
+    table(*rows)
 
 
 def _number(value: float | None, spec: str) -> str:

@@ -241,8 +241,7 @@ def _from_model(
         do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=length - 1, pad_token_id=0
     )
     counter = _TokenCounter(samples * length, on_progress)
-    shape = model.config.get_text_config()
-    at_once = min(BATCH, max(1, CACHE_BYTES // (length * shape.num_hidden_layers * shape.hidden_size * 8)))
+    at_once = at_a_time(model.config.get_text_config(), length)
     batches = []
     for start in range(0, samples, at_once):
         size = min(at_once, samples - start)
@@ -256,6 +255,11 @@ def _from_model(
             )
         batches.append(batch.cpu())
     return torch.cat(batches)
+
+
+def at_a_time(shape: Any, length: int) -> int:
+    """Sequences of `length` that a model of `shape`, its text configuration, samples at a time."""
+    return min(BATCH, max(1, CACHE_BYTES // (length * shape.num_hidden_layers * shape.hidden_size * 8)))
 
 
 class _TokenCounter:

@@ -30,6 +30,11 @@ SPLITTER = "llama-gguf-split"  # needed for files too large to publish in one pi
 INSTALLED = "`qronos-export llamacpp install`"  # the origin of our own
 CONVERTER = "convert_hf_to_gguf.py"
 CARD = "README.md"
+TENSOR_LIST = 1 << 25  # bytes; no list of tensors in a file's header comes near
+_LIMITED = (  # becomes Python with the other arguments, and a limit on files it writes
+    "import os, resource, sys; size = int(sys.argv[1]); resource.setrlimit(resource.RLIMIT_FSIZE, (size, size)); "
+    "os.execv(sys.executable, [sys.executable, *sys.argv[2:]])"
+)
 
 OnChunk = Callable[[int, int], None]  # (chunks done, chunks in all)
 P = ParamSpec("P")
@@ -75,6 +80,27 @@ class LlamaCpp:
         (a language `no`, which YAML takes for false); then it gets the folder without that file. Raises CheckpointError
         when llama.cpp does not know the architecture or the tokenizer.
         """
+        with _whole(destination) as partial:
+            self._convert(checkpoint, partial, outtype)
+        return destination
+
+    def convert_header(self, checkpoint: Path, destination: Path, outtype: str) -> Path:
+        """The beginning of the file that `convert` would write: all of its metadata, names, shapes and types, and some
+        of the weights. Raises as `convert`.
+
+        The converter is stopped by a limit on the size of its file, which what the metadata are made of does not reach.
+        """
+        made_of = sum(file.stat().st_size for file in checkpoint.iterdir() if file.suffix != ".safetensors")
+        limit = 2 * made_of + TENSOR_LIST
+        with _whole(destination) as partial:
+            try:
+                self._convert(checkpoint, partial, outtype, limit)
+            except LlamaCppError:
+                if not (partial.is_file() and partial.stat().st_size >= limit):
+                    raise
+        return destination
+
+    def _convert(self, checkpoint: Path, partial: Path, outtype: str, limit: int | None = None) -> None:
         if self.source is None:
             raise LlamaCppError(
                 f"{self.bin_folder} has llama.cpp's tools but no source with {CONVERTER} beside it; none is cached. "
@@ -86,19 +112,20 @@ class LlamaCpp:
         # PyPI's gguf carries upstream's version number but not upstream's code, and the converter crashes with it.
         modules = os.pathsep.join(filter(None, [str(self.source / "gguf-py"), os.environ.get("PYTHONPATH")]))
         environment = {"PYTHONPATH": modules, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "PYTHONUTF8": "1"}
+        arguments: list[str | Path] = [checkpoint.absolute(), "--outfile", partial, "--outtype", outtype]
+        command: list[str | Path] = [sys.executable, self.source / CONVERTER, *arguments]
+        if limit is not None:
+            command[1:1] = ["-c", _LIMITED, str(limit)]
         try:
-            with _whole(destination) as partial:
-                arguments: list[str | Path] = [checkpoint.absolute(), "--outfile", partial, "--outtype", outtype]
-                command: list[str | Path] = [sys.executable, self.source / CONVERTER, *arguments]
-                run(command, time_limit=self.time_limit, on_line=printed.append, environment=environment)
+            run(command, time_limit=self.time_limit, on_line=printed.append, environment=environment)
         except LlamaCppError:
             if refused := _refused(checkpoint, printed, self.version):
                 raise refused from None
-            if not (checkpoint / CARD).is_file():
+            full = limit is not None and partial.is_file() and partial.stat().st_size >= limit
+            if full or not (checkpoint / CARD).is_file():
                 raise
             with _without_card(checkpoint) as bare:
-                return self.convert(bare, destination, outtype)
-        return destination
+                self._convert(bare, partial, outtype, limit)
 
     def quantize(
         self,

@@ -6,6 +6,7 @@ import ctypes
 import errno
 import resource
 import sys
+from pathlib import Path
 
 import torch
 
@@ -14,6 +15,12 @@ def peak_memory() -> int:
     """Largest resident set of this process so far, in bytes. Memory on a GPU is not in it."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def resident_memory() -> int:
+    """Resident set of this process now, in bytes; on systems that do not tell, its peak."""
+    statm = Path("/proc/self/statm")
+    return int(statm.read_text().split()[1]) * resource.getpagesize() if statm.exists() else peak_memory()
 
 
 def give_back() -> None:

@@ -150,38 +150,8 @@ def _run(
     begun = time.perf_counter()
     device = ranks.device(pick_device(recipe.device))
     yield Stage("load")
-    check_types(recipe)
+    check_recipe(recipe, held, llamacpp)
     check_ranks(recipe, ranks, resume)
-    if recipe.activations not in ("none", "llama.cpp", "q8_0", "q8_k"):
-        raise UsageError(
-            f"activations: {recipe.activations} is for `evaluate` alone: llama.cpp rounds what a matrix reads to eight "
-            "bits of its own, q8_0 or q8_k."
-        )
-    for which, kind in recipe.kv_cache.items():
-        if kind not in CACHE_TYPES:
-            raise UsageError(
-                f"kv_cache: {{{which}: {kind}}} is for `evaluate` alone: llama.cpp's cache has no such type."
-            )
-    if recipe.kv_cache and "gguf" not in recipe.artifacts:
-        raise UsageError(
-            "kv_cache rounds keys and values as llama.cpp does, and ONNX models keep floats; leave it out."
-        )
-    if recipe.online != "none":
-        raise UsageError(f"online: {recipe.online} is for `evaluate` alone: llama.cpp rotates nothing while it runs.")
-    if recipe.method == "rtn" and (recipe.magr or recipe.activations != "none"):
-        raise UsageError(
-            "method: rtn looks at no activations, so magr and activations would do nothing; leave them out."
-        )
-    if recipe.method == "rtn" and recipe.kv_cache and not held:
-        raise UsageError("method: rtn looks at no keys and values; without --validate, kv_cache does nothing.")
-    known = llamacpp.quantize_types()
-    for name in recipe.formats:
-        if is_foreign(name):
-            check_foreign(name, recipe)
-        elif name not in CARRIERS and known.get(name) is None:
-            raise UsageError(
-                f"There is no type {name!r}; llama.cpp has {', '.join([*CARRIERS, *filter(known.get, known)])}."
-            )
     layouts = [each for each in recipe.artifacts if each != "gguf"]
     versions = report.versions(llamacpp.version) | (onnx_versions() if layouts else {})
     checkpoint = open_checkpoint(recipe.model)
@@ -343,6 +313,41 @@ def _run(
                 result.seconds = {**clock.seconds, "total": time.perf_counter() - begun}
                 result.write(report_path)
     yield Finished(result, output)
+
+
+def check_recipe(recipe: Recipe, held: Held | None, llamacpp: LlamaCpp) -> None:
+    """Raises UsageError for what no run can do with any model; `held` is None where nothing is validated."""
+    check_types(recipe)
+    if recipe.activations not in ("none", "llama.cpp", "q8_0", "q8_k"):
+        raise UsageError(
+            f"activations: {recipe.activations} is for `evaluate` alone: llama.cpp rounds what a matrix reads to eight "
+            "bits of its own, q8_0 or q8_k."
+        )
+    for which, kind in recipe.kv_cache.items():
+        if kind not in CACHE_TYPES:
+            raise UsageError(
+                f"kv_cache: {{{which}: {kind}}} is for `evaluate` alone: llama.cpp's cache has no such type."
+            )
+    if recipe.kv_cache and "gguf" not in recipe.artifacts:
+        raise UsageError(
+            "kv_cache rounds keys and values as llama.cpp does, and ONNX models keep floats; leave it out."
+        )
+    if recipe.online != "none":
+        raise UsageError(f"online: {recipe.online} is for `evaluate` alone: llama.cpp rotates nothing while it runs.")
+    if recipe.method == "rtn" and (recipe.magr or recipe.activations != "none"):
+        raise UsageError(
+            "method: rtn looks at no activations, so magr and activations would do nothing; leave them out."
+        )
+    if recipe.method == "rtn" and recipe.kv_cache and not held:
+        raise UsageError("method: rtn looks at no keys and values; without --validate, kv_cache does nothing.")
+    known = llamacpp.quantize_types()
+    for name in recipe.formats:
+        if is_foreign(name):
+            check_foreign(name, recipe)
+        elif name not in CARRIERS and known.get(name) is None:
+            raise UsageError(
+                f"There is no type {name!r}; llama.cpp has {', '.join([*CARRIERS, *filter(known.get, known)])}."
+            )
 
 
 @contextmanager

@@ -89,8 +89,13 @@ def float_file(checkpoint: Checkpoint, llamacpp: LlamaCpp, folder: Path) -> Path
         return checkpoint.float_gguf
     folder.mkdir(exist_ok=True)
     destination = folder / f"{checkpoint.name}-float.gguf"
-    llamacpp.convert(checkpoint.folder, destination, OUTTYPES.get(checkpoint.dtype, "f32"))
+    llamacpp.convert(checkpoint.folder, destination, float_type(checkpoint))
     return destination
+
+
+def float_type(checkpoint: Checkpoint) -> str:
+    """What the converter is told to write."""
+    return OUTTYPES.get(checkpoint.dtype, "f32")
 
 
 def held_out_file(held: Held, folder: Path) -> Path:

@@ -21,7 +21,7 @@ from qronos_export.plan import Mix
 from qronos_export.ranks import ALONE, Ranks
 from qronos_export.recipe import Recipe
 from qronos_export.report import LayerReport
-from qronos_export.rounding import ROUNDERS, Settings, blind
+from qronos_export.rounding import ROUNDERS, Rounder, Settings, blind
 from qronos_export.statistics import LayerStats
 
 
@@ -72,11 +72,7 @@ def calibrate(
     done = journal.done if journal else 0
     if done == _steps(model):
         return
-    rounder = blind if recipe.method == "rtn" else ROUNDERS[recipe.method]
-    settings = Settings(
-        recipe.damping, recipe.shrinkage, recipe.order, recipe.magr, recipe.seed if recipe.stochastic else None,
-        recipe.refine, recipe.holds_out_one_in > 0, recipe.ridge,
-    )  # fmt: skip
+    rounder, settings = rounder_settings(recipe)
     decoder = calibration.Decoder(model.model.get_decoder(), model.blocks)
     runtime = _runtime(model, plan, outputs, recipe)
 
@@ -154,6 +150,15 @@ def calibrate(
         if journal:
             journal.save([])
             clock.lap("write")
+
+
+def rounder_settings(recipe: Recipe) -> tuple[Rounder, Settings]:
+    """What rounds the blocks and the head, and how."""
+    rounder = blind if recipe.method == "rtn" else ROUNDERS[recipe.method]
+    return rounder, Settings(
+        recipe.damping, recipe.shrinkage, recipe.order, recipe.magr, recipe.seed if recipe.stochastic else None,
+        recipe.refine, recipe.holds_out_one_in > 0, recipe.ridge,
+    )  # fmt: skip
 
 
 def held_out(sequences: int, one_in: int) -> torch.Tensor:

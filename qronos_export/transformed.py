@@ -26,7 +26,7 @@ SAME = 1e-3  # largest difference of logits that is arithmetic, as a share of th
 PROBE = torch.arange(5, 37)[None]  # int64 [1, 32], any tokens: what a transform without inputs is shown
 _PROBED = PROBE.shape[1]  # tokens that show how a block is joined, and that logits are compared on
 _SAMPLE = 512  # inputs kept per module for searches that round them
-_SEQUENCES = 16  # of the calibration tokens: a search for a handful of exponents needs no more
+SEQUENCES = 16  # of the calibration tokens: a search for a handful of exponents needs no more
 
 
 def need_inputs(names: Iterable[str]) -> bool:
@@ -89,7 +89,7 @@ def _apply(transform: Transform, checkpoint: Checkpoint, target: Path, tokens: T
     model = LazyModel(checkpoint, tokens.device)
     decoder = calibration.Decoder(model.model.get_decoder(), model.blocks)
     (probe,) = calibration.enter(decoder, tokens[:1, :_PROBED], 1)
-    some = tokens[:: -(-len(tokens) // _SEQUENCES)]  # from all over the text
+    some = tokens[:: -(-len(tokens) // SEQUENCES)]  # from all over the text
     batches = calibration.enter(decoder, some, micro_batch) if transform.needs_inputs else []
     head, tied = model.head, model.tied
     if head is None:

@@ -38,13 +38,21 @@ INSIDE = {  # a module of qronos_export, and what else of qronos_export it may i
         "proof", "ranks", "",
     },
     "commands": {
-        "card", "comparison", "comparison_plot", "gate", "gate_report", "inspection", "llamacpp", "page", "pipeline",
-        "proof", "publish", "results", "runs", "validation", "worst",
+        "card", "comparison", "comparison_plot", "forecast", "gate", "gate_report", "inspection", "llamacpp", "page",
+        "pipeline", "proof", "publish", "recipe", "results", "runs", "validation", "worst",
     },
     "comparison": {"artifact", "checkpoint", "llamacpp", "onnx_validation", "pipeline", "proof", "validation"},
     "comparison_plot": {"comparison"},
     "gate": {"validation"},
     "gate_report": {"validation"},
+    "forecast": {
+        "artifact", "budget", "checkpoint", "llamacpp", "pipeline", "plan", "proof", "provenance", "recipe",
+        "rehearsal", "survey", "transformed", "transforms", "workspace",
+    },
+    "budget": {"checkpoint", "recipe", "rehearsal", "streams", "survey", "transformed", "transforms", "workspace"},
+    "survey": {"attention", "calibration", "checkpoint", "corpus", "live", "suspended"},
+    "rehearsal": {"artifact", "calibration", "layers", "live", "plan", "rounding", "transforms"},
+    "live": set(),
     "__main__": {"cli"},
     "publish": {"artifact", "card", "checkpoint", "llamacpp", "report", "results", "validation", "workspace"},
     "card": {"report", "results"},
@@ -131,6 +139,9 @@ def violations(path: str, source: str) -> list[str]:
                 "inspection",
                 "onnx_export",
                 "report",
+                "forecast",
+                "budget",
+                "rehearsal",
             }
         elif top == "qronos_export":
             reachable = LEAVES if own in LEAVES or own == "__init__" else LEAVES | INSIDE.get(own, set()) | {own}

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -376,6 +376,41 @@ def write_gguf(
     file_type: llama.cpp's number of the mix, for `general.file_type`.
     facts: further metadata; a number becomes an uint32. A key that `source` has gets the new value.
     """
+    writer = _begun(source, store.formats, store.scales, file_type, destination, facts or {})
+    for tensor in source.tensors.values():
+        writer.write_tensor_data(
+            store.blocks(tensor.name) if tensor.name in store.formats else source.bytes(tensor.name)
+        )
+    for scales in store.scales.values():
+        writer.write_tensor_data(scales)
+    writer.close()
+
+
+def written_bytes(
+    source: GGUFFile,
+    formats: Mapping[str, BlockFormat],
+    file_type: int,
+    scratch: Path,
+    facts: Mapping[str, str | int],
+) -> int:
+    """How large the file would be that `write_gguf` writes for tensors in `formats` without scales beside them. Writes
+    its header to `scratch`."""
+    writer = _begun(source, formats, {}, file_type, scratch, facts)
+    writer.close()
+    alignment = source.reader.alignment
+    sizes = [scratch.stat().st_size, *(_stored(tensor, formats) for tensor in source.tensors.values())]
+    return sum(-(-size // alignment) * alignment for size in sizes)
+
+
+def _begun(
+    source: GGUFFile,
+    formats: Mapping[str, BlockFormat],
+    scales: Mapping[str, np.ndarray],
+    file_type: int,
+    destination: Path,
+    facts: Mapping[str, str | int],
+) -> gguf.GGUFWriter:
+    """A file whose header is written: the metadata of `source`, and its tensors in `formats` where they have one."""
     writer = gguf.GGUFWriter(destination, arch="", use_temp_file=False)
     writer.kv_data[0].clear()
     for field in source.reader.fields.values():
@@ -388,27 +423,50 @@ def write_gguf(
     writer.kv_data[0].pop(gguf.Keys.General.QUANTIZATION_VERSION, None)
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     writer.add_file_type(file_type)
-    for key, value in (facts or {}).items():
+    for key, value in facts.items():
         writer.kv_data[0].pop(key, None)
         writer.add_key_value(key, value, _TEXT if isinstance(value, str) else gguf.GGUFValueType.UINT32)
 
     for tensor in source.tensors.values():
-        fmt = store.formats.get(tensor.name)
+        fmt = formats.get(tensor.name)
         kind: Any = _NUMBERS[tensor.type if fmt is None else fmt.name]  # upstream's enum lacks the newest types
-        nbytes = tensor.nbytes if fmt is None else tensor.rows * fmt.row_bytes(tensor.columns)
-        writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.float32), nbytes, raw_dtype=kind)
-    for name, scales in store.scales.items():
-        writer.add_tensor_info(name, scales.shape, scales.dtype, scales.nbytes)
+        shape = tensor.shape
+        writer.add_tensor_info(tensor.name, shape, np.dtype(np.float32), _stored(tensor, formats), raw_dtype=kind)
+    for name, values in scales.items():
+        writer.add_tensor_info(name, values.shape, values.dtype, values.nbytes)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
-    for tensor in source.tensors.values():
-        writer.write_tensor_data(
-            store.blocks(tensor.name) if tensor.name in store.formats else source.bytes(tensor.name)
-        )
-    for scales in store.scales.values():
-        writer.write_tensor_data(scales)
-    writer.close()
+    return writer
+
+
+def _stored(tensor: StoredTensor, formats: Mapping[str, BlockFormat]) -> int:
+    fmt = formats.get(tensor.name)
+    return tensor.nbytes if fmt is None else tensor.rows * fmt.row_bytes(tensor.columns)
+
+
+def extend(path: Path, most: int) -> GGUFFile:
+    """The file `path`, which ends somewhere behind its header, with a hole for the weights that it lacks.
+
+    most: bytes that its weights may take. Raises ArtifactError where its header is not whole.
+    """
+    size = path.stat().st_size
+    os.truncate(path, size + most)
+    end = max(tensor.offset + tensor.nbytes for tensor in GGUFFile(path).tensors.values())
+    os.truncate(path, end)
+    return GGUFFile(path)
+
+
+def names_of(file: GGUFFile, weights: Iterable[str]) -> dict[str, str]:
+    """Weights of a model, by their names in transformers -> the tensor of `file` that upstream's list of names has for
+    them; without those it does not list. For forecasts: what is written goes by content."""
+    architecture = next((kind for kind, name in gguf.MODEL_ARCH_NAMES.items() if name == file.architecture), None)
+    if architecture is None:
+        return {}
+    blocks = max((int(name.split(".")[1]) + 1 for name in file.tensors if name.startswith("blk.")), default=0)
+    known = gguf.get_tensor_name_map(architecture, blocks)
+    found = {weight: known.get_name(weight, try_suffixes=(".weight",)) for weight in weights}
+    return {weight: name for weight, name in found.items() if name in file.tensors}
 
 
 def verify_gguf(path: Path, source: GGUFFile, store: BlockStore) -> GGUFFile:

@@ -7,6 +7,7 @@ weights that are already quantized and code that comes with a checkpoint (unless
 from .attention import attention_windows, head_sizes, round_cache
 from .base_card import BaseCard, base_card
 from .from_gguf import unpack
+from .hollow import HollowModel, hollow_folder
 from .hub import looks_like_id
 from .lazy import LazyModel, load_whole
 from .source import Checkpoint, open_checkpoint
@@ -17,11 +18,13 @@ __all__ = [
     "BaseCard",
     "Checkpoint",
     "CheckpointWriter",
+    "HollowModel",
     "LazyModel",
     "attention_windows",
     "base_card",
     "continued",
     "head_sizes",
+    "hollow_folder",
     "load_whole",
     "looks_like_id",
     "open_checkpoint",

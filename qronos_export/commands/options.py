@@ -1,4 +1,4 @@
-"""What several commands share: options, and how results and progress are drawn."""
+"""What several commands share: options, settings of a recipe, and how results and progress are drawn."""
 
 from __future__ import annotations
 
@@ -8,8 +8,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from qronos_export.errors import UsageError
+from qronos_export.recipe import Recipe, plain_value
+
 if TYPE_CHECKING:
     from rich.progress import Progress
+
+
+def setting(name: str, help: str, **more: Any) -> Any:
+    """An option that overrides the recipe's `name`; the recipe owns the default."""
+    return typer.Option(help=help, show_default=str(getattr(Recipe, name)), **more)
+
 
 LlamaCppOption = Annotated[
     Path | None, typer.Option("--llamacpp", help="Folder of llama.cpp's tools; otherwise found.", metavar="FOLDER")
@@ -32,6 +41,29 @@ CacheVOption = Annotated[
 
 def cache_types(k: str | None, v: str | None) -> dict[str, str]:
     return {which: kind for which, kind in (("k", k), ("v", v)) if kind is not None}
+
+
+RecipeOption = Annotated[
+    str | None, typer.Option(help="YAML of settings, a report.json, or one of `recipe list`.", metavar="FILE|NAME")
+]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="Anything of the recipe; wins over its file.", metavar="KEY=VALUE"),
+]
+
+
+def override_of(given: str) -> tuple[str, str]:
+    glob, separator, kind = given.rpartition("=")
+    if not (glob and separator and kind):
+        raise UsageError(f"--override {given} is not GLOB=TYPE; write for example --override 'blk.*.ffn_down.*=Q6_K'.")
+    return glob, kind
+
+
+def setting_of(given: str) -> tuple[str, Any]:
+    key, separator, value = given.partition("=")
+    if not (separator and key):
+        raise UsageError(f"--set {given} is not KEY=VALUE; write for example --set format=INT4_G128.")
+    return key, plain_value(value)
 
 
 def table(*rows: tuple[str, str]) -> None:

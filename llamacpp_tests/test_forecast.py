@@ -1,0 +1,95 @@
+"""What `plan` says against what `quantize` then does: types and sizes to the byte, memory within a quarter."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from qronos_export import pipeline
+from qronos_export.artifact.gguf import GGUFFile
+from qronos_export.errors import CheckpointError, QronosError, UsageError
+from qronos_export.forecast import forecast
+from qronos_export.llamacpp import LlamaCpp
+from qronos_export.recipe import Recipe
+from tests.families import make
+
+MODELS = {
+    "dense": ("llama", {"hidden_size": 256, "intermediate_size": 512}),
+    "tied": ("llama_tied", {}),  # rows of 64 and 192: substitutes
+    "fused": ("phi3", {}),
+    "experts": ("qwen3_moe", {}),
+}
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_types_and_sizes_are_what_is_written(model: str, llamacpp: LlamaCpp, english: Path, tmp_path: Path) -> None:
+    family, config = MODELS[model]
+    folder = make(family, tmp_path / "tiny", **config)
+    for more in ({"method": "rtn"}, {"transforms": "hadamard", "calibration": str(english)}):
+        recipe = Recipe(str(folder), "Q4_0,Q4_K_M", samples=4, sequence_length=32, **more)  # type: ignore[arg-type]
+        said = forecast(recipe, llamacpp)
+        output = tmp_path / recipe.method
+        *_, finished = pipeline.run(recipe, output, llamacpp=llamacpp, held=None)
+        assert isinstance(finished, pipeline.Finished)
+        for file, artifact in zip(said.files, finished.report.artifacts, strict=True):
+            written = GGUFFile(output / artifact.path)
+            assert file.name == artifact.path
+            assert file.bytes == artifact.bytes
+            assert file.bits_per_weight == artifact.bits_per_weight
+            assert file.types == {tensor.name: tensor.type for tensor in written.tensors.values()}
+        substitutes = [{"artifact": f.format, **each} for f in said.files for each in f.substitutes]
+        assert substitutes == finished.report.substitutes
+        assert not finished.report.kept
+
+
+@pytest.mark.parametrize(
+    ("config", "samples"),
+    [
+        ({"hidden_size": 1024, "intermediate_size": 2048, "num_hidden_layers": 1}, (4, 64)),  # weights
+        ({"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 1}, (64, 256)),  # tokens
+    ],
+)
+def test_memory_is_within_a_quarter(
+    config: dict[str, int], samples: tuple[int, int], english: Path, tmp_path: Path
+) -> None:
+    """Each in a process of its own, since a peak is a process's."""
+    make("llama", tmp_path / "tiny", **config)
+    options = ["--calibration", english, "--samples", samples[0], "--sequence-length", samples[1]]
+    options = [str(each) for each in [tmp_path / "tiny", "--no-attention-aware", *options]]
+    command = [sys.executable, "-m", "qronos_export"]
+    shown = subprocess.run([*command, "plan", *options, "--json"], capture_output=True, text=True, check=True).stdout
+    said = json.loads(shown)
+    subprocess.run(
+        [*command, "quantize", *options, "--no-validate", "--output", tmp_path / "out"], capture_output=True, check=True
+    )
+    actual = json.loads((tmp_path / "out" / "report.json").read_text())["peak_memory_bytes"]
+    assert said["peak_memory_bytes"] == pytest.approx(actual, rel=0.25)
+    assert said["peak_memory_bytes"] == sum(said["memory"][said["moment"]].values())
+
+
+def test_depth_takes_disk_and_time_but_no_memory(llamacpp: LlamaCpp, english: Path, tmp_path: Path) -> None:
+    said = []
+    for layers in (1, 3):
+        folder = make("llama", tmp_path / f"{layers}" / "tiny", num_hidden_layers=layers)
+        said.append(forecast(Recipe(str(folder), calibration=str(english), samples=4, sequence_length=32), llamacpp))
+    shallow, deep = said
+    assert deep.flops["forwards"] == pytest.approx(3 * shallow.flops["forwards"], rel=1e-6)
+    assert sum(deep.disk.values()) > sum(shallow.disk.values())
+    for one, three in zip(shallow.memory.values(), deep.memory.values(), strict=False):
+        parts = [{k: v for k, v in each.items() if k not in ("interpreter", "hashes of rows")} for each in (one, three)]
+        assert parts[0] == parts[1]
+
+
+def test_refuses_what_quantize_refuses(llamacpp: LlamaCpp, tmp_path: Path) -> None:
+    refused: list[tuple[Recipe, type[QronosError]]] = [
+        (Recipe("demo", "Q4_X"), UsageError),
+        (Recipe("demo", activations="int4"), UsageError),
+        (Recipe(str(tmp_path / "absent")), CheckpointError),
+    ]
+    for recipe, kind in refused:
+        with pytest.raises(kind):
+            forecast(recipe, llamacpp)
