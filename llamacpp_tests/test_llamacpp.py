@@ -342,7 +342,10 @@ def test_a_reference_of_another_vocabulary(llamacpp: LlamaCpp, demo_gguf: Path, 
 def test_a_variance_below_zero_is_none() -> None:
     """Files that hardly differ: llama.cpp takes it as a difference of sums and prints the root, ± -nan."""
     text = """\
-computing over 8 chunks, n_ctx=64, batch_size=512, n_seq=8
+computing over 2 chunks, n_ctx=64, batch_size=512, n_seq=8
+chunk    PPL    ln(PPL(Q)/PPL(base))    KL Divergence    Δp RMS    Same top p
+   1   12.1000 ±  0.3000     0.00001 ±     -nan     0.00000 ±  0.00000   0.010 ±  0.001 %   99.400 ±  0.100 %
+   2   12.5000 ±  0.2500     0.00002 ±     -nan     0.00000 ±  0.00000   0.010 ±  0.001 %   99.500 ±  0.100 %
 Mean PPL(Q) : 12.5 ± 0.25
 Mean PPL(base) : 12.5 ± 0.25
 Mean ln(PPL(Q)/PPL(base)) : 0.000024 ± -nan
@@ -356,6 +359,7 @@ Same top p: 99.5 ± 0.1 %
 """
     found = divergence(text, Path("a.gguf"))
     assert (found.ln_ratio, found.ln_ratio_error) == (0.000024, 0)
+    assert found.per_chunk is not None and found.per_chunk.same_top == pytest.approx([99.4, 99.6])
     for broken in ("nan ± nan", "nan ± -nan", "0.1 ± inf"):
         with pytest.raises(LlamaCppError, match="not finite"):
             divergence(text.replace("0.000024 ± -nan", broken), Path("a.gguf"))

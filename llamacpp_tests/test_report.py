@@ -123,8 +123,13 @@ class Page(HTMLParser):
 
 
 def numbers_in(value: object) -> Iterator[float]:
-    if isinstance(value, dict | list):
-        for each in value.values() if isinstance(value, dict) else value:
+    """But those of single chunks: they pair files, for `compare` and gates."""
+    if isinstance(value, dict):
+        for key, each in value.items():
+            if key != "per_chunk":
+                yield from numbers_in(each)
+    elif isinstance(value, list):
+        for each in value:
             yield from numbers_in(each)
     elif isinstance(value, int | float) and not isinstance(value, bool):
         yield value

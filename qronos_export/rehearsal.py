@@ -23,7 +23,7 @@ from qronos_export.calibration import Group, Matrix
 from qronos_export.layers import round_group
 from qronos_export.live import Live
 from qronos_export.plan import Mix
-from qronos_export.rounding import ROUNDERS, Coupled, Rounder, Settings
+from qronos_export.rounding import ROUNDERS, Rounder, Settings
 from qronos_export.statistics import LayerStats
 from qronos_export.transforms import TRANSFORMS, Goal, InputStats
 from qronos_export.transforms.scaling import Scaling
@@ -98,17 +98,16 @@ class Rehearsal:
     def rounding(self, fmt: BlockFormat, rows: int, columns: int, heads: tuple[int, int] | None = None) -> Cost:
         """Of `rows` × `columns` weights together; `heads` of so many rows each are rounded row by row."""
         aspect = min(rows / columns, _WIDEST)
-        small, large = (self._try(fmt, max(1, round(aspect * side)), side, heads and heads[0]) for side in _SIDES)
+        small, large = (self._try(fmt, max(1, round(aspect * side)), side) for side in _SIDES)
         # Sides are 1 : 2, so A + B s = 4 A − 2 B … solved for A and B of sides in units of the smaller.
         unit, (one, two) = columns / _SIDES[0], (small, large)
         square = max(0.0, (two.bytes - 2 * one.bytes) / 2)
         bytes = square * unit**2 + (one.bytes - square) * unit
         bytes *= max(1.0, rows / columns / _WIDEST)
         products = self.products(rows, columns)
-        if heads:
-            sweeps = max(1, round(aspect * _SIDES[1]) // heads[0])
-            each = max(0.0, two.seconds - self.products(aspect * _SIDES[1], _SIDES[1])) / sweeps
-            return Cost(bytes, products + each * heads[1] * columns / _SIDES[1])
+        if heads:  # a sweep of one row of each, as often as a head has rows
+            turn = self._try(fmt, heads[0], _SIDES[1]).seconds - self.products(heads[0], _SIDES[1])
+            return Cost(bytes, products + max(0.0, turn) * heads[1] * columns / _SIDES[1])
         first, second = (
             max(0.0, cost.seconds - self.products(aspect * side, side))
             for side, cost in zip(_SIDES, (one, two), strict=True)
@@ -144,19 +143,14 @@ class Rehearsal:
             large.seconds * columns / _SIDES[1] + 4 / 3 * columns**3 / self._machine.float64,
         )
 
-    def _tried(self, fmt: BlockFormat, rows: int, columns: int, heads: int | None) -> Cost:
+    def _tried(self, fmt: BlockFormat, rows: int, columns: int) -> Cost:
         generator = torch.Generator().manual_seed(0)
         x = torch.randn(2 * columns, columns, generator=generator).to(self._device)
         stats = LayerStats(columns, self._device)
         stats.update(x[::2], x[::2] + x[1::2] / 16)
         if self._settings.held_out:
             stats.update(x[1::2], x[1::2] + x[::2] / 16, held=True)
-        settings = self._settings
-        if heads:
-            settings = Settings(
-                **{**vars(settings), "coupled": _coupled(heads, rows // heads, generator, self._device)}
-            )
-        return self._run(fmt, rows, columns, stats, self._rounder, settings)
+        return self._run(fmt, rows, columns, stats, self._rounder, self._settings)
 
     def _nearest_tried(self, fmt: BlockFormat, rows: int, columns: int) -> Cost:
         return self._run(fmt, rows, columns, LayerStats(0), ROUNDERS["rtn"], Settings(0.0, 0.0, "natural"))
@@ -207,12 +201,6 @@ class Rehearsal:
 def searches(name: str) -> bool:
     """Whether a transform searches factors for groups of matrices."""
     return isinstance(TRANSFORMS[name](Goal("Q4_0", 0)), Scaling)
-
-
-def _coupled(heads: int, size: int, generator: torch.Generator, device: torch.device) -> list[Coupled]:
-    size = max(1, size)
-    y = torch.randn(2 * size, size, generator=generator).to(device)
-    return [Coupled(torch.arange(n * size, (n + 1) * size, device=device), y.T @ y / len(y)) for n in range(heads)]
 
 
 class _Ahead:

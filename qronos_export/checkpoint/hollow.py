@@ -94,6 +94,7 @@ class HollowModel:
             self.model = _from_config(_config(checkpoint), checkpoint, torch.float32)
             self.model.tie_weights()
         self.model.eval().requires_grad_(False)
+        self.model.set_experts_implementation("eager")  # what multiplies all experts at once needs real strides
         self.blocks = _decoder_blocks(self.model)
         names = {module: name for name, module in self.model.named_modules()}
         self.block_names = [names[block] for block in self.blocks]
