@@ -36,11 +36,20 @@ def quantize(model: Path, output: Path, text: Path, llamacpp: LlamaCpp, ranks: i
     return report
 
 
-def test_two_processes_write_what_one_does(llamacpp: LlamaCpp, english: Path, tmp_path: Path) -> None:
-    """What q, k and v of the first block become; later a code rounded the other way moves all that follow. With
-    experts, heads that are not torn apart, and λ chosen by tokens held out."""
-    model = make("qwen3_moe", tmp_path / "tiny")
-    options = "--format", "Q4_0,Q8_0", "--set", "held_out=0.25", "--transforms", "none"
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [
+        ("qwen3_moe", ("--format", "Q4_0,Q8_0")),  # experts, and heads that are not torn apart
+        ("llama", ("--format", "Q4_0", "--set", "held_out=0.25")),
+    ],
+)
+def test_two_processes_write_what_one_does(
+    family: str, options: tuple[str, ...], llamacpp: LlamaCpp, english: Path, tmp_path: Path
+) -> None:
+    """What q, k and v of the first block become. Later a code that sums in another order round the other way moves all
+    that follow, to an error as small; λ that tokens held out choose may then be another one."""
+    model = make(family, tmp_path / "tiny")
+    options = (*options, "--transforms", "none")
     one, two = (quantize(model, tmp_path / str(ranks), english, llamacpp, ranks, *options) for ranks in (1, 2))
     for artifact in one["artifacts"]:
         ours, other = (GGUFFile(tmp_path / ranks / artifact["path"]) for ranks in "12")
@@ -55,13 +64,12 @@ def test_two_processes_write_what_one_does(llamacpp: LlamaCpp, english: Path, tm
         if "experts" not in ours["name"]:  # which tokens are routed to may change by one
             assert ours["tokens"] == other["tokens"]
         if ours["name"].startswith("model.layers.0.self_attn") and "o_proj" not in ours["name"]:
-            # Sums in another order round some codes the other way, and error feedback all that follow in the row: the
-            # error of other codes as good as these. 3 % were seen (Q8_0).
             assert other["error"] == pytest.approx(ours["error"], rel=0.1)
             steps = 2 * np.log10(other["damping"] / ours["damping"])  # of mean(diag H), chosen from steps of 10^½
             assert steps == pytest.approx(round(steps), abs=1e-4)
-    drift = [np.log(other["error"] / ours["error"]) for ours, other in pairs]
-    assert abs(np.mean(drift)) < 0.15 and np.abs(drift).max() < 0.7
+    if family == "qwen3_moe":  # -0.003 and 0.075 were seen
+        drift = [np.log(other["error"] / ours["error"]) for ours, other in pairs]
+        assert abs(np.mean(drift)) < 0.05 and np.abs(drift).max() < 0.5
 
 
 def test_too_little_for_two_is_refused(llamacpp: LlamaCpp, english: Path, tmp_path: Path) -> None:
