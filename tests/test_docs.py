@@ -26,7 +26,9 @@ def test_links_lead_somewhere(page: Path) -> None:
 def test_this_test_can_fail(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     page.write_text("# A heading: `x`\n")
-    text = "[a](page.md#a-heading-x) [b](page.md#b) [c](gone.md) ![d](d.svg) <img src='e.svg'> [f](https://example.org)\n"
+    text = (
+        "[a](page.md#a-heading-x) [b](page.md#b) [c](gone.md) ![d](d.svg) <img src='e.svg'> [f](https://example.org)\n"
+    )
     assert dead(page, text + "```\n[g](g.md)\n```\n[h](#h)\n") == ["page.md#b", "gone.md", "d.svg", "e.svg", "#h"]
 
 
