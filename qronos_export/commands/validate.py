@@ -31,7 +31,7 @@ def validate(
     max_ppl_increase: Annotated[
         float | None, typer.Option(help="Fail above this rise of perplexity, in percent.")
     ] = None,
-    gate: Annotated[Path | None, typer.Option(help="YAML of limits, see docs/gates.md.", metavar="FILE")] = None,
+    gate: Annotated[Path | None, typer.Option(help="YAML of limits, see docs/howto/gates.md.", metavar="FILE")] = None,
     baseline: Annotated[
         Path | None,
         typer.Option(help="An earlier --json for the gate's limits against one, not the gate's.", metavar="FILE"),
