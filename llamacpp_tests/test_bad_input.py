@@ -187,6 +187,17 @@ def test_gates(command, tiny: Path, llamacpp: LlamaCpp, tmp_path: Path, english:
     assert missed.code == 1 and "--max-kld" in missed.err
     assert json.loads(missed.out)["kl_divergence"] == pytest.approx(json.loads(good.out)["kl_divergence"], rel=1e-3)
     assert command(*check, "--max-kld", -1).code == 2
+    few = command(*check, "--chunks", 1)
+    assert few.code == 1 and "63 that are scored, and llama.cpp compares files on 100 or more" in " ".join(
+        few.err.split()
+    )
+
+
+def test_too_little_text_to_compare_on_is_refused_before_anything(command, tiny: Path, tmp_path: Path) -> None:
+    options = ("--output", tmp_path / "out", "--method", "rtn", "--context", 64, "--chunks", 2)
+    few = command("quantize", tiny, *options)
+    assert few.code == 1 and "62 that are scored" in " ".join(few.err.split())
+    assert not (tmp_path / "out").exists()
 
 
 def test_summary_names_the_file_and_its_size(command, tiny: Path, tmp_path: Path, english: Path) -> None:

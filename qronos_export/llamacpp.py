@@ -232,7 +232,8 @@ class LlamaCpp:
 
         `options` go to llama-perplexity as they are, say ("--cache-type-k", "q8_0").
 
-        Raises CalibrationError when the text is shorter than two chunks, OutputError when the disk cannot hold
+        Raises CalibrationError when the text is shorter than two chunks or too little is scored for `logits` to be of
+        use, OutputError when the disk cannot hold
         `logits` (before anything is computed), LlamaCppError when the result is not a finite number.
         """
         if logits is None:
@@ -243,8 +244,9 @@ class LlamaCpp:
         vocabulary = self.vocabulary(model)
         size = 0
 
-        def check_disk(chunks: int, context: int) -> None:
+        def check(chunks: int, context: int) -> None:
             nonlocal size
+            log.check_scored(chunks, context)
             size = logits_bytes(vocabulary, context, chunks)
             free = shutil.disk_usage(logits.parent).free
             if size > free:
@@ -253,7 +255,7 @@ class LlamaCpp:
                     f"{free / 1e9:.3g} GB free. Use fewer than {chunks} --chunks, or set TMPDIR to a larger disk."
                 )
 
-        progress = log.Progress(model, text, on_chunk, on_start=check_disk)
+        progress = log.Progress(model, text, on_chunk, on_start=check)
         with _whole(logits) as partial:
             more: list[str | Path] = [*options, "--kl-divergence-base", partial]
             self._evaluate("llama-perplexity", model, text, context, chunks, more, progress)

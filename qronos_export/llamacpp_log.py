@@ -139,8 +139,22 @@ def perplexity(text: str, model: Path) -> Perplexity:
     return Perplexity(value, error, chunks, context)
 
 
+LEAST = 100  # tokens; llama-perplexity prints no statistics of fewer
+
+
+def check_scored(chunks: int, context: int) -> None:
+    """Raises CalibrationError where llama-perplexity scores too few tokens to compare a file with its reference."""
+    scored = chunks * (context - 1 - context // 2)
+    if scored < LEAST:
+        raise CalibrationError(
+            f"{chunks} chunks of {context} tokens are {scored} that are scored, and llama.cpp compares files on "
+            f"{LEAST} or more. Use more --chunks, or a larger --context."
+        )
+
+
 def divergence(text: str, model: Path) -> Divergence:
     chunks, context = _start(text, model)
+    check_scored(chunks, context)
     table = re.sub(" +", " ", text)
 
     def single(label: str) -> float:

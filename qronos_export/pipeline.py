@@ -25,6 +25,7 @@ from qronos_export.checkpoint import Checkpoint, LazyModel, open_checkpoint
 from qronos_export.device import pick_device
 from qronos_export.errors import OutOfMemoryError, TransformError, UsageError
 from qronos_export.llamacpp import LlamaCpp
+from qronos_export.llamacpp_log import check_scored
 from qronos_export.memory import peak_memory, ran_out
 from qronos_export.onnx_export import check_foreign, float_graph, onnx_folder, onnx_versions, write_onnx
 from qronos_export.onnx_validation import TorchReference, open_session
@@ -318,6 +319,8 @@ def _run(
 def check_recipe(recipe: Recipe, held: Held | None, llamacpp: LlamaCpp) -> None:
     """Raises UsageError for what no run can do with any model; `held` is None where nothing is validated."""
     check_types(recipe)
+    if held and held.chunks is not None and "gguf" in recipe.artifacts:
+        check_scored(held.chunks, held.context)
     if recipe.activations not in ("none", "llama.cpp", "q8_0", "q8_k"):
         raise UsageError(
             f"activations: {recipe.activations} is for `evaluate` alone: llama.cpp rounds what a matrix reads to eight "
