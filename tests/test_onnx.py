@@ -21,6 +21,7 @@ from qronos_export.artifact.onnx_data import DataFile, read
 from qronos_export.artifact.onnx_genai import GenAI
 from qronos_export.artifact.onnx_graph import Opened, Piece, Style, rewritten
 from qronos_export.artifact.onnx_plain import Plain
+from qronos_export.artifact.onnx_rows import Rows
 from qronos_export.artifact.onnx_session import Session, find_model
 from qronos_export.errors import ArtifactError, UsageError
 
@@ -181,8 +182,14 @@ def test_verify_sees_one_flipped_bit(floats: Opened, tmp_path: Path) -> None:
         byte = file.read(1)[0]
         file.seek(offset + 1000)
         file.write(bytes([byte ^ 16]))
-    with pytest.raises(ArtifactError, match="does not hold the values of 'weight'"):
+    with pytest.raises(ArtifactError, match=r"does not hold the values of weight\.$"):
         style.verify(mine)
+
+
+def test_keys_of_rows_are_short_and_tell_rows_apart() -> None:
+    many = torch.arange(100_000)
+    keys = {Rows("a", many).key, Rows("a", many.flip(0)).key, Rows("b", many).key, Rows("a", many.clone()).key}
+    assert len(keys) == 3 and all(len(str(key)) < 100 for key in keys)
 
 
 def test_accuracy_level_4_rounds_inputs_and_0_does_not(floats: Opened) -> None:

@@ -158,7 +158,7 @@ class Style(ABC):
         floats = piece.floats()
         same = [torch.equal(values, floats) for values in self.copies(piece)]
         if not same or not all(same):
-            raise ArtifactError(f"{self.data.path} does not hold the values of {piece.key!r}.")
+            raise ArtifactError(f"{self.data.path} does not hold the values of {piece.key}.")
 
     def copies(self, piece: Piece) -> Iterator[Tensor]:
         """What each copy of the piece in the data file stands for: float32 [rows, columns]."""

@@ -6,6 +6,7 @@ is a row, though: `RowIndex` finds it by its hash, and equality decides.
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -25,8 +26,9 @@ class Rows:
     rows: Tensor
 
     @property
-    def key(self) -> tuple[str, bytes]:
-        return self.tensor, self.rows.numpy().tobytes()
+    def key(self) -> tuple[str, str]:
+        """Short enough for a message."""
+        return self.tensor, hashlib.sha256(self.rows.numpy().tobytes()).hexdigest()
 
 
 def find_rows(file: GGUFFile, matrices: Mapping[str, Tensor]) -> dict[str, list[Rows]]:
