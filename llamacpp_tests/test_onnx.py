@@ -323,6 +323,8 @@ def test_integer_grids_need_no_gguf(llamacpp: LlamaCpp, tmp_path: Path) -> None:
             r"model builder cannot make MixtralForCausalLM into ONNX \(NotImplementedError: .*--artifact gguf",
         ),
         ("llama", {"format": "INT4_G64", "artifact": "gguf,onnx"}, "INT4_G64 is no type of GGUF; use --artifact onnx"),
+        ("llama", {"format": "MXFP8_E5M2", "artifact": "gguf"}, "MXFP8_E5M2 is no type of GGUF; use .* onnx-mx"),
+        ("llama", {"format": "MXFP6_E3M2", "artifact": "gguf"}, "MXFP6_E3M2 is no type of GGUF; use another type"),
         ("llama", {"format": "INT4_G24"}, "INT4_G24: no integers of ONNX hold it exactly; choose another type"),
         (
             "llama",
@@ -351,6 +353,10 @@ def test_conversions_that_cannot_be(runs: Runs, tmp_path: Path) -> None:
         list(convert(tmp_path / "absent.gguf", tmp_path, ["onnx"]))
     with pytest.raises(UsageError, match=r"phi3\.rope\.scaling\.original_context_length, which .* by --like"):
         list(convert(gguf, tmp_path, ["onnx"]))
+    broken, blocks = tmp_path / "broken.gguf", GGUFFile(runs("llama").gguf).bytes("blk.0.attn_q.weight").tobytes()
+    broken.write_bytes(runs("llama").gguf.read_bytes().replace(blocks, b"\x00\x7e" + blocks[2:], 1))  # a NaN for d
+    with pytest.raises(CheckpointError, match=r"broken\.gguf cannot be converted.*q_proj.* holds NaN"):
+        list(convert(broken, tmp_path / "out", ["onnx"]))
     odd = tmp_path / "odd.gguf"
     odd.write_bytes(runs("llama").gguf.read_bytes().replace(b"\5\0\0\0\0\0\0\0llama", b"\5\0\0\0\0\0\0\0other", 1))
     with pytest.raises(CheckpointError, match="Or name a MODEL of the same configuration and tokenizer by --like"):

@@ -59,7 +59,10 @@ def convert(
                 f"{error} Or name a MODEL of the same configuration and tokenizer by --like."
             ) from error
         yield Stage("onnx graph")
-        graph = float_graph(open_checkpoint(str(folder / file.stem)), folder / "graph")
+        try:
+            graph = float_graph(open_checkpoint(str(folder / file.stem)), folder / "graph")
+        except CheckpointError as error:  # of the copy, which is gone when this is read
+            raise CheckpointError(f"{file} cannot be converted, unpacked it is no good model: {error}") from error
         yield Stage("write", len(layouts))
         results = []
         for place in folders:

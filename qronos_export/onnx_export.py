@@ -40,7 +40,9 @@ def onnx_folder(gguf: Path, layout: str) -> Path:
 def check_foreign(name: str, recipe: Recipe) -> None:
     """Raises UsageError unless a type that no GGUF file holds can be written as the recipe wants."""
     if "gguf" in recipe.artifacts:
-        raise UsageError(f"--format {name} is no type of GGUF; use --artifact onnx, or another type.")
+        layout = "onnx" if container(find_format(name, 256)) else "onnx-mx" if name in MX_TYPES else None
+        how = f"--artifact {layout}, or another type" if layout else "another type"
+        raise UsageError(f"--format {name} is no type of GGUF; use {how}.")
     if container(find_format(name, 256)) is None and not (name in MX_TYPES and recipe.artifacts == ["onnx-mx"]):
         only = "only --artifact onnx-mx can" if name in MX_TYPES else "choose another type"
         raise UsageError(f"--format {name}: no integers of ONNX hold it exactly; {only}.")
