@@ -96,7 +96,8 @@ def quantize(
         str | None,
         setting(
             "artifact",
-            "What to write, comma separated: gguf, onnx (onnxruntime-genai), onnx-js (transformers.js), onnx-plain.",
+            "What to write, comma separated: gguf, onnx (onnxruntime-genai), onnx-js (transformers.js), onnx-plain, "
+            "onnx-mx (opset 24).",
         ),
     ] = None,
     accuracy_level: Annotated[
@@ -243,7 +244,9 @@ def convert(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the results.", metavar="DIR")],
     artifact: Annotated[
         str,
-        typer.Option(help="onnx (onnxruntime-genai), onnx-js (transformers.js), onnx-plain; comma separated."),
+        typer.Option(
+            help="onnx (onnxruntime-genai), onnx-js (transformers.js), onnx-plain, onnx-mx (opset 24); comma separated."
+        ),
     ] = "onnx",
     accuracy_level: Annotated[
         int, typer.Option(help="How ONNX multiplies: 4 with inputs rounded to int8, 0 in float.")
