@@ -349,6 +349,8 @@ def test_conversions_that_cannot_be(runs: Runs, tmp_path: Path) -> None:
     gguf = runs("phi3").gguf
     with pytest.raises(UsageError, match="--artifact is 'tflite'; expected onnx, onnx-js"):
         list(convert(gguf, tmp_path, ["tflite"]))
+    with pytest.raises(UsageError, match="--artifact is 'onnx,onnx'; expected each once"):
+        list(convert(gguf, tmp_path, ["onnx", "onnx"]))
     with pytest.raises(UsageError, match=r"absent\.gguf does not exist"):
         list(convert(tmp_path / "absent.gguf", tmp_path, ["onnx"]))
     with pytest.raises(UsageError, match=r"phi3\.rope\.scaling\.original_context_length, which .* by --like"):

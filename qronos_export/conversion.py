@@ -36,6 +36,8 @@ def convert(
     check_packages()
     if odd := [each for each in layouts if each not in ARTIFACTS or each == "gguf"]:
         raise UsageError(f"--artifact is {odd[0]!r}; expected {', '.join(ARTIFACTS[1:])}.")
+    if len(set(layouts)) < len(layouts):
+        raise UsageError(f"--artifact is {','.join(layouts)!r}; expected each once.")
     if accuracy_level not in ACCURACY_LEVELS:
         raise UsageError(f"--accuracy-level is {accuracy_level}; expected 0 (float) or 4 (int8 inputs).")
     if not file.is_file():
