@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from qronos_export.artifact.onnx_blocks import MX_TYPES, container
 from qronos_export.artifact.onnx_data import DataFile, read
 from qronos_export.artifact.onnx_genai import GenAI
 from qronos_export.artifact.onnx_graph import Opened, Piece, Style, rewritten
+from qronos_export.artifact.onnx_package import copy_beside
 from qronos_export.artifact.onnx_plain import Plain
 from qronos_export.artifact.onnx_rows import Rows
 from qronos_export.artifact.onnx_session import Session, find_model
@@ -184,6 +186,19 @@ def test_verify_sees_one_flipped_bit(floats: Opened, tmp_path: Path) -> None:
         file.write(bytes([byte ^ 16]))
     with pytest.raises(ArtifactError, match=r"does not hold the values of weight\.$"):
         style.verify(mine)
+
+
+def test_transformers_js_finds_the_chat_template(tmp_path: Path) -> None:
+    """Its loader reads tokenizer.json and tokenizer_config.json alone."""
+    for name in ("config.json", "tokenizer_config.json", "genai_config.json", "model.onnx.data"):
+        (tmp_path / name).write_text("{}")
+    (tmp_path / "chat_template.jinja").write_text("{% for message in messages %}«{{ message }}»")
+    for layout, template in (("onnx", None), ("onnx-js", "{% for message in messages %}«{{ message }}»")):
+        (tmp_path / layout).mkdir()
+        copy_beside(tmp_path, tmp_path / layout, layout)
+        entries = json.loads((tmp_path / layout / "tokenizer_config.json").read_text(encoding="utf-8"))
+        assert entries.get("chat_template") == template and (tmp_path / layout / "chat_template.jinja").is_file()
+        assert (tmp_path / layout / "genai_config.json").is_file() == (layout == "onnx")
 
 
 def test_keys_of_rows_are_short_and_tell_rows_apart() -> None:

@@ -126,7 +126,7 @@ def write_package(
         onnx.checker.check_model(model)
     for piece in chain.from_iterable(pieces.values()):
         style.verify(piece)
-    _copy_beside(graph.parent, destination, layout)
+    copy_beside(graph.parent, destination, layout)
     return Package(destination, model, data.path, _notes(pieces, layout))
 
 
@@ -154,7 +154,7 @@ def _name_head_size(model: onnx.ModelProto, head_size: int) -> None:
             value.type.tensor_type.shape.dim[3].dim_value = head_size
 
 
-def _copy_beside(built: Path, destination: Path, layout: str) -> None:
+def copy_beside(built: Path, destination: Path, layout: str) -> None:
     """The tokenizer, and for onnxruntime-genai its configuration."""
     for path in built.iterdir():
         if (
@@ -164,9 +164,17 @@ def _copy_beside(built: Path, destination: Path, layout: str) -> None:
         ):
             shutil.copy(path, destination)
     if layout == "onnx-js":
-        config = json.loads((destination / "config.json").read_text(encoding="utf-8"))
-        config["transformers.js_config"] = {"dtype": "q4", "use_external_data_format": {"model_q4.onnx": 1}}
-        (destination / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        settings = {"dtype": "q4", "use_external_data_format": {"model_q4.onnx": 1}}
+        _set(destination / "config.json", "transformers.js_config", settings)
+        template = destination / "chat_template.jinja"
+        if template.is_file():  # which its loader does not look for
+            _set(destination / "tokenizer_config.json", "chat_template", template.read_text(encoding="utf-8"))
+
+
+def _set(file: Path, key: str, value: object) -> None:
+    """One more entry of a JSON file."""
+    entries = json.loads(file.read_text(encoding="utf-8")) | {key: value}
+    file.write_text(json.dumps(entries, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _notes(pieces: dict[str, list[Piece]], layout: str) -> list[str]:
