@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from qronos_export.errors import CheckpointError
+from qronos_export.loans import Loans
 from qronos_export.memory import ran_out
 from qronos_export.ranks import ALONE, Ranks
 from qronos_export.statistics import LayerStats
@@ -191,12 +192,24 @@ class _Stream:
         def activation(part: str, stage: str) -> Activation | None:
             return _activation(self.module, f"{name}.{part}", part, stage, partial(runtime.activation, number))
 
+        self.activation = activation
         self.block = Block(self.module, observed, activation)
         self.forwards: list[Any] = []
+        self._loans: dict[str, Loans] = {}
 
     def start(self, stops: list[Stop], batches: list[MicroBatch], index: int) -> None:
         self.block.stop_at(stops)
         self.forwards = [self.block.start(batch.x_hat[self.number], batch.arguments[index]) for batch in batches]
+
+    def loans(self, stop: Stop, module: nn.Module, tokens: int) -> Loans | None:
+        """Of the experts that wait at `stop`, whose float weights are in `module`; None for linears."""
+        if stop.stage == "linear":
+            return None
+        (part,) = stop.members
+        if part not in self._loans:
+            activation = self.activation(part, "up")
+            self._loans[part] = Loans(module.get_submodule(part), self.module.get_submodule(part), activation, tokens)
+        return self._loans[part]
 
 
 def walk(
@@ -225,6 +238,7 @@ def walk(
 
     first, *others = batches
     streams = [_Stream(module, name, number, observed, runtime) for number in range(len(first.x_hat))]
+    tokens = ranks.world * sum(batch.tokens.numel() for batch in batches if batch.counted)
     float_block = Block(module, observed)
     try:
         stops, arrivals, output = float_block.observe(first.x, first.arguments[index])
@@ -237,11 +251,17 @@ def walk(
             arrivals[number] = None
             for stream in streams:
                 groups = _groups(module, stream.module, name, stop, partial(runtime.activation, stream.number))
+                loans = stream.loans(stop, module, tokens)
                 for batch, payload, forward in zip(batches, payloads, stream.forwards, strict=True):
                     arrived = _switched(forward, clock)
                     if batch.counted:
-                        _observe(groups, stop, module, payload, arrived, batch.held, clock)
-                ranks.combine([group.stats for group in groups])
+                        _observe(groups, stop, module, payload, arrived, batch.held, loans, clock)
+                stats = [group.stats for group in groups]
+                ranks.combine(stats)
+                if loans and stop.stage == "up":
+                    loans.pool(stats)
+                elif loans:
+                    loans.settle(stats)
                 clock.lap("statistics")
                 yield stream.number, groups
                 clock.lap(None)
@@ -359,27 +379,37 @@ def _groups(
     ]
 
 
-def _observe(groups: list[Group], stop: Stop, module: nn.Module, x: Any, x_hat: Any, held: bool, clock: Clock) -> None:
+def _observe(
+    groups: list[Group],
+    stop: Stop,
+    module: nn.Module,
+    x: Any,
+    x_hat: Any,
+    held: bool,
+    loans: Loans | None,
+    clock: Clock,
+) -> None:
     """Add one micro-batch. The quantized stream's routing decides which tokens an expert sees; the float input of
     those same tokens is the other half of each pair."""
     if stop.stage == "linear":
         for group in groups:
             group.stats.update(x.flatten(0, -2), _read(group, x_hat.flatten(0, -2)), held=held)
         return
-    assert isinstance(x, Routed) and isinstance(x_hat, Routed)
+    assert isinstance(x, Routed) and isinstance(x_hat, Routed) and loans
     experts = module.get_submodule(stop.members[0])
     for expert, group in enumerate(groups):
         token = x_hat.tokens(expert)
-        if not len(token):
-            continue
         if stop.stage == "up":
             group.stats.update(x.hidden[token], _read(group, x_hat.hidden[token]), held=held)
-        else:
-            assert x_hat.inner is not None
-            clock.lap("statistics")
-            inner = expert_inner(experts, expert, x.hidden[token])
-            clock.lap("forward")
+            continue
+        assert x_hat.inner is not None
+        clock.lap("statistics")
+        inner = expert_inner(experts, expert, x.hidden[token])
+        borrowed = loans.read(expert, group.stats, x, x_hat)
+        clock.lap("forward")
+        if len(token):
             group.stats.update(inner, _read(group, x_hat.inner[expert]), held=held)
+        group.stats.update(borrowed[0], _read(group, borrowed[1]))
 
 
 def _read(group: Group, x_hat: Tensor) -> Tensor:

@@ -119,6 +119,9 @@ def _round_rows(
         settings = chosen(weight, stats, fmt, settings, rounder)
     if attention and rounder is not rtn:
         settings = replace(settings, coupled=_coupled(jobs, attention, stats))
+    if stats.borrowed and not note:
+        own = stats.tokens - stats.borrowed
+        note = f"saw only {own} tokens for {stats.features} inputs; {stats.borrowed} of other experts make up for that"
     note = "; ".join(filter(None, [note, unscaled, moved]))
     rounded = _in_shards(weight, stats, fmt, settings, rounder, ranks)
     power = torch.linalg.vecdot(weight @ stats.hessian if stats.tokens else weight, weight)
@@ -142,7 +145,7 @@ def _round_rows(
             damping=rounded.damping if rounded.damping else None,
             shrinkage=settings.shrinkage if rounded.method in CORRECTING else None,
             ridge=settings.ridge if rounded.method == "qronos" else None,
-            tokens=stats.tokens,
+            tokens=stats.tokens - stats.borrowed,
             seconds=seconds * len(target.rows),
             note="; ".join(filter(None, [note, rounded.note, attention.note_of(matrix.name) if attention else ""])),
         )

@@ -21,6 +21,7 @@ class LayerStats:
     def __init__(self, features: int, device: torch.device | str = "cpu") -> None:
         self.features = features
         self.tokens = 0
+        self.borrowed = 0  # of these tokens, how many others read
         self.held: LayerStats | None = None  # of those tokens that were held out
         self._hessian = torch.zeros(features, features, device=device)
         self._cross = torch.zeros(features, features, device=device)
@@ -52,6 +53,14 @@ class LayerStats:
             rows = x_hat[:, start : start + width]
             self._hessian[start : start + width, start:].addmm_(rows.T, x_hat[:, start:], beta=keep, alpha=gain)
         self.tokens = total
+
+    def borrow(self, other: LayerStats, tokens: int) -> None:
+        """Add `other` with the weight of so many tokens."""
+        share = tokens / (self.tokens + tokens)
+        for moment, theirs in zip(self.moments, other.moments, strict=True):
+            moment.lerp_(theirs, share)
+        self.tokens += tokens
+        self.borrowed += tokens
 
     def without_held(self) -> LayerStats:
         """The moments of all tokens that were not held out."""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from formats.ggml_reference import q4_0, q8_0
-from qronos_export import calibration
+from qronos_export import calibration, loans
 from qronos_export.calibration import Clock, Group, Runtime
 from qronos_export.checkpoint import LazyModel, open_checkpoint
 from tests.families import FAMILIES, make
@@ -254,8 +254,42 @@ def test_experts_see_only_their_tokens(model: LazyModel) -> None:
     per_token = model.model.config.num_experts_per_tok
     for block in model.block_names:
         for stage in ("up_proj", "down_proj"):
-            routed = [s.tokens for name, s in stats.items() if name.startswith(f"{block}.") and stage in name]
+            routed = [
+                s.tokens - s.borrowed for name, s in stats.items() if name.startswith(f"{block}.") and stage in name
+            ]
             assert sum(routed) == per_token * tokens(model).numel()
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+def test_experts_that_see_few_tokens_learn_from_others(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Up: from the sum of all experts' moments; down: from what they make of others' tokens themselves."""
+    model = LazyModel(open_checkpoint(str(make(family, tmp_path / family, num_hidden_layers=1))))
+
+    def experts(ids: Tensor) -> dict[str, Group]:
+        found = [group for group, _ in walk(model, ids, batch=3) if ".experts." in group.matrices[0].name]
+        return {group.matrices[0].name: group for group in found}
+
+    few = tokens(model, 2, 12)
+    lent = experts(few)
+    monkeypatch.setattr(loans, "ENOUGH_TOKENS_PER_FEATURE", 0.0)
+    alone = experts(few)
+    up = [name for name in alone if "gate_up_proj" in name]
+    routed = sum(alone[name].stats.tokens for name in up)
+    whole = sum(alone[name].stats.tokens * alone[name].stats.hessian for name in up)
+    for name, group in alone.items():
+        own, both = group.stats, lent[name].stats
+        assert own.borrowed == 0 and both.tokens - both.borrowed == own.tokens < own.features
+        missing = 4 * own.features - own.tokens
+        if name in up:
+            assert both.borrowed == min(missing, routed)
+            pooled = whole / routed
+            mixed = (own.tokens * own.hessian + both.borrowed * pooled) / both.tokens
+            assert torch.allclose(both.hessian, mixed, atol=1e-5)
+        else:
+            assert both.borrowed == min(missing, few.numel())
+            assert torch.linalg.matrix_rank(both.hessian, rtol=1e-5) > own.tokens
 
 
 def test_the_quantized_stream_starts_from_the_quantized_embedding(tmp_path: Path) -> None:
