@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,33 +18,35 @@ from qronos_export.llamacpp import LlamaCpp
 from qronos_export.recipe import Recipe
 from tests.families import make
 
-MODELS = {
-    "dense": ("llama", {"hidden_size": 256, "intermediate_size": 512}),
-    "tied": ("llama_tied", {}),  # rows of 64 and 192: substitutes
-    "fused": ("phi3", {}),
-    "experts": ("qwen3_moe", {}),
-}
+NEAREST, ROTATED = {"method": "rtn"}, {"transforms": "hadamard", "samples": 4, "sequence_length": 32}
 
 
-@pytest.mark.parametrize("model", MODELS)
-def test_types_and_sizes_are_what_is_written(model: str, llamacpp: LlamaCpp, english: Path, tmp_path: Path) -> None:
-    family, config = MODELS[model]
+@pytest.mark.parametrize(
+    ("family", "config", "options"),
+    [
+        ("llama", {"hidden_size": 256, "intermediate_size": 512}, NEAREST),
+        ("llama_tied", {}, ROTATED),  # rows of 64 and 192: substitutes; what is tied comes apart
+        ("phi3", {}, NEAREST),  # fused q, k and v
+        ("qwen3_moe", {}, ROTATED),
+    ],
+)
+def test_types_and_sizes_are_what_is_written(
+    family: str, config: dict[str, int], options: dict[str, Any], llamacpp: LlamaCpp, english: Path, tmp_path: Path
+) -> None:
     folder = make(family, tmp_path / "tiny", **config)
-    for more in ({"method": "rtn"}, {"transforms": "hadamard", "calibration": str(english)}):
-        recipe = Recipe(str(folder), "Q4_0,Q4_K_M", samples=4, sequence_length=32, **more)  # type: ignore[arg-type]
-        said = forecast(recipe, llamacpp)
-        output = tmp_path / recipe.method
-        *_, finished = pipeline.run(recipe, output, llamacpp=llamacpp, held=None)
-        assert isinstance(finished, pipeline.Finished)
-        for file, artifact in zip(said.files, finished.report.artifacts, strict=True):
-            written = GGUFFile(output / artifact.path)
-            assert file.name == artifact.path
-            assert file.bytes == artifact.bytes
-            assert file.bits_per_weight == artifact.bits_per_weight
-            assert file.types == {tensor.name: tensor.type for tensor in written.tensors.values()}
-        substitutes = [{"artifact": f.format, **each} for f in said.files for each in f.substitutes]
-        assert substitutes == finished.report.substitutes
-        assert not finished.report.kept
+    recipe = Recipe(str(folder), "Q4_0,Q4_K_M", calibration=str(english), **options)
+    said = forecast(recipe, llamacpp)
+    *_, finished = pipeline.run(recipe, tmp_path / "out", llamacpp=llamacpp, held=None)
+    assert isinstance(finished, pipeline.Finished)
+    for file, artifact in zip(said.files, finished.report.artifacts, strict=True):
+        written = GGUFFile(tmp_path / "out" / artifact.path)
+        assert file.name == artifact.path
+        assert file.bytes == artifact.bytes
+        assert file.bits_per_weight == artifact.bits_per_weight
+        assert file.types == {tensor.name: tensor.type for tensor in written.tensors.values()}
+    substitutes = [{"artifact": f.format, **each} for f in said.files for each in f.substitutes]
+    assert substitutes == finished.report.substitutes
+    assert not finished.report.kept
 
 
 @pytest.mark.parametrize(
