@@ -266,6 +266,17 @@ def test_what_is_not_proven_stays_here_unless_forced(results: Path, server: Hub,
     assert "not measured" in server.branches[REPOSITORY]["main"]["README.md"].decode()
 
 
+@pytest.mark.parametrize("value", [None, float("nan"), "low"])
+def test_a_validation_that_is_no_number_proves_nothing(value: object, results: Path, server: Hub, run: Run) -> None:
+    report = report_of(results)
+    report["artifacts"][0]["validation"]["kl_divergence"] = value
+    (results / "report.json").write_text(json.dumps(report))
+    for command in (("publish", results, REPOSITORY), ("card", results)):
+        code, _, err = run(*command)
+        assert code == 1 and "validation: kl_divergence is" in err and "expected a finite number" in err
+    assert server.log == []
+
+
 def test_files_that_changed_since_are_refused(results: Path, server: Hub, run: Run) -> None:
     assert run("card", results)[0] == 0
     file = results / "tiny-Q4_0.gguf"
