@@ -327,6 +327,18 @@ def test_a_card_that_people_wrote_goes_as_it_is_if_the_hub_takes_it(results: Pat
     assert server.branches[REPOSITORY]["main"]["README.md"] == b"---\nlicense: mit\n---\n# By hand\n"
 
 
+def test_a_card_that_was_written_for_another_place_or_other_files_is_refused(
+    results: Path, server: Hub, run: Run
+) -> None:
+    assert run("card", results, "someone/other")[0] == 0
+    code, _, err = run("publish", results, REPOSITORY, "--dry-run")
+    assert code == 1 and f"says how to run the files of someone/other, not of {REPOSITORY}" in err
+    assert run("card", results, REPOSITORY, "--force")[0] == 0
+    code, _, err = run("publish", results, REPOSITORY, "--dry-run", "--split-size", "1M")
+    assert code == 1 and "another --split-size: tiny-Q4_0-00001-of-0000" in err and server.log == []
+    assert run("publish", results, REPOSITORY)[0] == 0
+
+
 def test_a_name_that_is_no_repository(results: Path, run: Run) -> None:
     for name in ("tiny", "a/b/c", "someone/tiny@main"):
         code, _, err = run("publish", results, name)
