@@ -257,6 +257,12 @@ def test_what_is_not_proven_stays_here_unless_forced(results: Path, server: Hub,
     limit = (found["tiny-Q8_0.gguf"] + found["tiny-Q4_0.gguf"]) / 2
     code, _, err = run("publish", results, REPOSITORY, "--max-kld", limit)
     assert code == 1 and "tiny-Q4_0.gguf: KL divergence" in err and "tiny-Q8_0.gguf: KL" not in err
+    gate, baseline = results.parent / "gate.yaml", results.parent / "baseline.json"
+    baseline.write_text(json.dumps(report_of(results)["artifacts"][0]["validation"]))
+    gate.write_text("kld: {ratio: 1.05}\nbaseline: baseline.json\n")
+    code, _, err = run("publish", results, REPOSITORY, "--gate", gate)
+    assert code == 1 and "tiny-Q4_0.gguf: KL divergence" in err and "misses 1.05 × the baseline's" in err
+    assert "tiny-Q8_0.gguf: KL" not in err and server.log == []
     report = report_of(results)
     report["artifacts"][0]["validation"] = None
     (results / "report.json").write_text(json.dumps(report))

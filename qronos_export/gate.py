@@ -130,6 +130,8 @@ def read_baseline(path: Path) -> Baseline:
 
 
 def _check_same(validation: Validation, baseline: Baseline) -> None:
+    if validation.per_chunk is None:
+        raise UsageError("A limit against a baseline needs what was measured chunk by chunk; validate the file again.")
     for name, what in (("text_sha256", "the text with sha256"), ("context", "a context of"), ("chunks", "chunks:")):
         ours, theirs = getattr(validation, name), getattr(baseline, name)
         if ours != theirs:
@@ -146,7 +148,7 @@ def _check_same(validation: Validation, baseline: Baseline) -> None:
 
 
 def _verdict(name: str, limit: Against, validation: Validation, baseline: Baseline) -> Verdict:
-    assert validation.per_chunk is not None  # of all that we measure ourselves
+    assert validation.per_chunk is not None  # see _check_same
     ours, theirs, ratio = validation.per_chunk, baseline.per_chunk, limit.ratio
     if name == "kld":
         what, value, before, unit = "KL divergence", validation.kl_divergence, baseline.kl_divergence, ""

@@ -20,10 +20,10 @@ from qronos_export.artifact.gguf import GGUFFile
 from qronos_export.card import CARD, LICENSE, MARK, model_card, public, write_card
 from qronos_export.checkpoint import looks_like_id
 from qronos_export.errors import PublishError, UsageError
+from qronos_export.gate import Gates
 from qronos_export.llamacpp import LlamaCpp, part_names
 from qronos_export.report import Artifact, sha256
 from qronos_export.results import REPORT, Results
-from qronos_export.validation import Gate
 from qronos_export.workspace import check_space, workspace
 
 SPLIT_SIZE = "48G"  # the hub asks for files below 50 GB
@@ -50,12 +50,13 @@ def megabytes(text: str) -> int:
     return int(found[1]) * (1000 if found[2] == "G" else 1)
 
 
-def check_proof(results: Results, gate: Gate) -> list[str]:
+def check_proof(results: Results, gates: Gates) -> list[str]:
     """Why the results should not be published: one sentence for each file that was not measured or missed a limit."""
     reasons = []
     for artifact in results.artifacts:
-        found = results.validation(artifact)
-        failures = gate.check(found) if found else ["it was not validated."]
+        failures = ["it was not validated."]
+        if found := results.validation(artifact):
+            failures = [verdict.says for verdict in gates.verdicts(found) if not verdict.passed]
         reasons += [f"{artifact.path}: {failure}" for failure in failures]
     return reasons
 
@@ -66,7 +67,7 @@ def publish(
     *,
     private: bool = False,
     revision: str | None = None,
-    gate: Gate | None = None,
+    gates: Gates | None = None,
     force: bool = False,
     split_size: int = 48_000,
     llamacpp: Callable[[], LlamaCpp],
@@ -83,7 +84,7 @@ def publish(
     """
     if not looks_like_id(repository) or "@" in repository:
         raise UsageError(f"{repository!r} is no repository of the hub; expected OWNER/NAME.")
-    if (reasons := check_proof(results, gate or Gate())) and not force:
+    if (reasons := check_proof(results, gates or Gates())) and not force:
         raise PublishError(
             f"{results.folder} is not fit to be published: {' '.join(reasons)} "
             "Validate it, choose another recipe, or publish it nevertheless with --force."
