@@ -360,7 +360,10 @@ def test_the_command_shows_all_of_it_and_runs_nothing(tmp_path: Path, monkeypatc
         assert any(line.split()[:2] == [f"blk.0.{name}.weight", name] for line in done.output.splitlines())
     assert shown("tab\tΩ") == r"tab\tΩ"
     shortened = run(str(write(tmp_path / "g.gguf", lambda writer: writer.add_array("long", list(range(999))))))
-    assert "999 × int32: 0, 1, 2, 3, 4, 5, 6, 7, …" in " ".join(shortened.output.split())
+    assert "999 × int32: 0, 1, 2, 3, 4, 5, 6, 7, …" in shortened.output
+    recipe = "word " * 30  # without a terminal nothing is folded
+    long = run(str(write(tmp_path / "h.gguf", lambda writer: writer.add_string("recipe", recipe))))
+    assert any(line.split() == ["recipe", *recipe.split()] for line in long.output.splitlines())
 
 
 def test_json_and_exit_codes(tmp_path: Path) -> None:
