@@ -257,6 +257,12 @@ def test_what_is_not_proven_stays_here_unless_forced(results: Path, server: Hub,
     limit = (found["tiny-Q8_0.gguf"] + found["tiny-Q4_0.gguf"]) / 2
     code, _, err = run("publish", results, REPOSITORY, "--max-kld", limit)
     assert code == 1 and "tiny-Q4_0.gguf: KL divergence" in err and "tiny-Q8_0.gguf: KL" not in err
+    gate, baseline = results.parent / "gate.yaml", results.parent / "baseline.json"
+    baseline.write_text(json.dumps(report_of(results)["artifacts"][0]["validation"]))
+    gate.write_text("kld: {ratio: 1.05}\nbaseline: baseline.json\n")
+    code, _, err = run("publish", results, REPOSITORY, "--gate", gate)
+    assert code == 1 and "tiny-Q4_0.gguf: KL divergence" in err and "misses 1.05 × the baseline's" in err
+    assert "tiny-Q8_0.gguf: KL" not in err and server.log == []
     report = report_of(results)
     report["artifacts"][0]["validation"] = None
     (results / "report.json").write_text(json.dumps(report))
@@ -264,6 +270,17 @@ def test_what_is_not_proven_stays_here_unless_forced(results: Path, server: Hub,
     assert code == 1 and "tiny-Q8_0.gguf: it was not validated" in err and "--force" in err and server.log == []
     assert run("publish", results, REPOSITORY, "--force")[0] == 0
     assert "not measured" in server.branches[REPOSITORY]["main"]["README.md"].decode()
+
+
+@pytest.mark.parametrize("value", [None, float("nan"), "low"])
+def test_a_validation_that_is_no_number_proves_nothing(value: object, results: Path, server: Hub, run: Run) -> None:
+    report = report_of(results)
+    report["artifacts"][0]["validation"]["kl_divergence"] = value
+    (results / "report.json").write_text(json.dumps(report))
+    for command in (("publish", results, REPOSITORY), ("card", results)):
+        code, _, err = run(*command)
+        assert code == 1 and "validation: kl_divergence is" in err and "expected a finite number" in err
+    assert server.log == []
 
 
 def test_files_that_changed_since_are_refused(results: Path, server: Hub, run: Run) -> None:
@@ -314,6 +331,18 @@ def test_a_card_that_people_wrote_goes_as_it_is_if_the_hub_takes_it(results: Pat
     (results / "README.md").write_text("---\nlicense: mit\n---\n# By hand\n")
     assert run("publish", results, REPOSITORY)[0] == 0
     assert server.branches[REPOSITORY]["main"]["README.md"] == b"---\nlicense: mit\n---\n# By hand\n"
+
+
+def test_a_card_that_was_written_for_another_place_or_other_files_is_refused(
+    results: Path, server: Hub, run: Run
+) -> None:
+    assert run("card", results, "someone/other")[0] == 0
+    code, _, err = run("publish", results, REPOSITORY, "--dry-run")
+    assert code == 1 and f"says how to run the files of someone/other, not of {REPOSITORY}" in err
+    assert run("card", results, REPOSITORY, "--force")[0] == 0
+    code, _, err = run("publish", results, REPOSITORY, "--dry-run", "--split-size", "1M")
+    assert code == 1 and "another --split-size: tiny-Q4_0-00001-of-0000" in err and server.log == []
+    assert run("publish", results, REPOSITORY)[0] == 0
 
 
 def test_a_name_that_is_no_repository(results: Path, run: Run) -> None:

@@ -30,7 +30,7 @@ from qronos_export.log_probabilities import LogProbabilities
 from qronos_export.proof import Held
 from qronos_export.recipe import Recipe
 from qronos_export.report import read_report
-from qronos_export.runs import compare, printable, read_baseline, read_runs, stored_tensors
+from qronos_export.runs import compare, printable, read_baseline, read_baselines, read_runs, stored_tensors
 from qronos_export.validation import Cache, Reference
 from qronos_export.worst import worst_tokens
 from tests.families import make
@@ -263,6 +263,24 @@ def test_comparisons_and_frontier(made: Made) -> None:
     found.files.remove(labels["Q8_0"])
     found.files.append(labels["Q8_0"].__class__("bad", None, 1, 99.0, labels["Q4_0"].validation))
     assert [file.label for file in found.frontier] == ["llama-quantize", "Q4_0"]
+
+
+def test_a_comparison_is_baselines_but_for_the_runs_own_files(made: Made, tmp_path: Path) -> None:
+    runs = read_runs([made.first])
+    one = read_baseline(made.baseline)
+    own = runs[0].report.artifacts[0]
+    files = [
+        {"file": name, "bytes": size, "bits_per_weight": one.bits, "validation": one.validation.to_json()}
+        for name, size in ((one.label, one.bytes), (own.path, own.bytes))
+    ]
+    compared = tmp_path / "compared.json"
+    compared.write_text(json.dumps({"files": files, "pairs": []}))
+    assert read_baselines(compared, runs) == [one] == read_baselines(made.baseline, runs)
+    page = Page(report(made.first, "--baseline", compared, "--output", tmp_path / "page")[0])
+    assert page.text.count("(baseline)") == 1
+    compared.write_text(json.dumps({"files": [{"file": "x"}]}))
+    with pytest.raises(ReportError, match=r"files\[0\] has no 'bytes'"):
+        read_baselines(compared, runs)
 
 
 def test_bytes_add_up(made: Made) -> None:

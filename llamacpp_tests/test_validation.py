@@ -132,7 +132,7 @@ def test_failures_leave_the_workspace_empty(llamacpp: LlamaCpp, demo_gguf: Path,
     with pytest.raises(CalibrationError, match="too short"):
         validate(demo_gguf, demo_gguf, text, llamacpp=llamacpp, workspace=workspace)
     with pytest.raises(LlamaCppError, match=r"broken\.gguf"):
-        validate(broken, demo_gguf, english, llamacpp=llamacpp, workspace=workspace, context=64, chunks=2)
+        validate(broken, demo_gguf, english, llamacpp=llamacpp, workspace=workspace, context=64, chunks=4)
     assert list(workspace.iterdir()) == []
 
 

@@ -18,6 +18,7 @@ from statistics import fmean, stdev
 from typing import Any
 
 from qronos_export.artifact.gguf import GGUFFile
+from qronos_export.artifact.onnx_builder import check_packages
 from qronos_export.checkpoint import open_checkpoint
 from qronos_export.device import pick_device
 from qronos_export.errors import UsageError
@@ -92,6 +93,8 @@ def compare(
     if held.chunks is not None and held.chunks < 2:
         raise UsageError("Files are compared chunk by chunk; give at least two --chunks.")
     onnx = {file for file in files if file.suffix == ".onnx" or file.is_dir()}
+    if onnx:
+        check_packages()
     with ExitStack() as stack:
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="qronos-export-")))
         text = held_out_file(held, scratch)

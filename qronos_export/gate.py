@@ -12,6 +12,7 @@ Against a baseline the difference is taken chunk by chunk, and its standard erro
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from dataclasses import dataclass, field, fields, replace
@@ -61,6 +62,15 @@ class Gates:
         """Of all limits there are."""
         absolute = [each.name for each in fields(Gate) if getattr(self.limits, each.name) is not None]
         return [*absolute, *self.against]
+
+    def check_fits(self, text: Path | None, context: int, chunks: int | None) -> None:
+        """Raises UsageError where it is known before measuring that the baseline was measured on something else."""
+        if self.baseline is None:
+            return
+        sha256 = hashlib.sha256(text.read_bytes()).hexdigest() if text is not None and text.is_file() else None
+        _check_equal(self.baseline, {"text_sha256": sha256, "context": context})
+        if chunks is not None and chunks < self.baseline.chunks:  # of a short text there are fewer than asked for
+            _check_equal(self.baseline, {"chunks": chunks})
 
     def verdicts(self, validation: Validation) -> list[Verdict]:
         """One for each limit. Raises UsageError where the baseline was not measured on what `validation` was."""
@@ -129,14 +139,20 @@ def read_baseline(path: Path) -> Baseline:
     return found
 
 
-def _check_same(validation: Validation, baseline: Baseline) -> None:
-    for name, what in (("text_sha256", "the text with sha256"), ("context", "a context of"), ("chunks", "chunks:")):
-        ours, theirs = getattr(validation, name), getattr(baseline, name)
-        if ours != theirs:
+def _check_equal(baseline: Baseline, ours: dict[str, Any]) -> None:
+    """None is not known."""
+    for name, value in ours.items():
+        if value is not None and value != (theirs := getattr(baseline, name)):
             raise UsageError(
-                f"The baseline {baseline.path} was measured on {what} {theirs}, this file on {ours}. Give the same "
-                "--text, --context and --chunks as then, or make the baseline again."
+                f"The baseline {baseline.path} was measured on {_MEASURED_ON[name]} {theirs}, this file on {value}. "
+                "Give the same --text, --context and --chunks as then, or make the baseline again."
             )
+
+
+def _check_same(validation: Validation, baseline: Baseline) -> None:
+    if validation.per_chunk is None:
+        raise UsageError("A limit against a baseline needs what was measured chunk by chunk; validate the file again.")
+    _check_equal(baseline, {name: getattr(validation, name) for name in _MEASURED_ON})
     if abs(validation.perplexity_reference / baseline.perplexity_reference - 1) > _SAME_REFERENCE:
         raise UsageError(
             f"The baseline {baseline.path} was measured against a float model of perplexity "
@@ -146,7 +162,7 @@ def _check_same(validation: Validation, baseline: Baseline) -> None:
 
 
 def _verdict(name: str, limit: Against, validation: Validation, baseline: Baseline) -> Verdict:
-    assert validation.per_chunk is not None  # of all that we measure ourselves
+    assert validation.per_chunk is not None  # see _check_same
     ours, theirs, ratio = validation.per_chunk, baseline.per_chunk, limit.ratio
     if name == "kld":
         what, value, before, unit = "KL divergence", validation.kl_divergence, baseline.kl_divergence, ""
@@ -169,6 +185,7 @@ def _verdict(name: str, limit: Against, validation: Validation, baseline: Baseli
     )
 
 
+_MEASURED_ON = {"text_sha256": "the text with sha256", "context": "a context of", "chunks": "chunks:"}
 _AGAINST = ("kld", "ppl", "same_top")
 
 

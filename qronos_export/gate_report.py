@@ -29,13 +29,24 @@ def junit(file: Path, verdicts: Sequence[Verdict], seconds: float) -> str:
     return '<?xml version="1.0" encoding="utf-8"?>\n' + ElementTree.tostring(suites, encoding="unicode") + "\n"
 
 
+def junit_error(file: Path, error: str, seconds: float) -> str:
+    """Where nothing could be measured: one test case, with an error."""
+    counts = {"tests": "1", "failures": "0", "errors": "1", "time": f"{seconds:.3f}"}
+    suites = ElementTree.Element("testsuites", counts)
+    suite = ElementTree.SubElement(suites, "testsuite", {"name": _legal(file.name), **counts})
+    case = ElementTree.SubElement(suite, "testcase", {"classname": _legal(file.name), "name": "validate"})
+    ElementTree.SubElement(case, "error", {"message": _legal(error)})
+    ElementTree.indent(suites)
+    return '<?xml version="1.0" encoding="utf-8"?>\n' + ElementTree.tostring(suites, encoding="unicode") + "\n"
+
+
 def markdown(file: Path, validation: Validation, verdicts: Sequence[Verdict]) -> str:
     """A heading, what was measured, and a line for each limit."""
     failed = sum(not verdict.passed for verdict in verdicts)
     outcome = f"{failed} of {len(verdicts)} limits missed" if failed else "passed" if verdicts else "measured"
     v = validation
     lines = [
-        f"### {_cell(file.name)}: {outcome}",
+        f"### {_cell(_legal(file.name))}: {outcome}",
         "",
         "| perplexity | of the float model | KL divergence | same top token |",
         "|---:|---:|---:|---:|",

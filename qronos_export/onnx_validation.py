@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qronos_export import calibration
+from qronos_export.artifact.onnx_builder import check_packages
 from qronos_export.calibration import Decoder, MicroBatch
 from qronos_export.checkpoint import Checkpoint, LazyModel
 from qronos_export.corpus import Progress, held_out_tokens
@@ -34,6 +35,7 @@ _SAME = 1e-3  # largest difference of logits that is arithmetic, as a share of t
 
 def open_session(file: Path) -> Session:
     """`file`, a .onnx or a folder with one, in onnxruntime. Raises UsageError or ArtifactError where that cannot be."""
+    check_packages()  # without which not even what follows can be imported
     from qronos_export.artifact.onnx_session import Session, find_model
 
     return Session(find_model(file))

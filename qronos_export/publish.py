@@ -20,10 +20,10 @@ from qronos_export.artifact.gguf import GGUFFile
 from qronos_export.card import CARD, LICENSE, MARK, model_card, public, write_card
 from qronos_export.checkpoint import looks_like_id
 from qronos_export.errors import PublishError, UsageError
+from qronos_export.gate import Gates
 from qronos_export.llamacpp import LlamaCpp, part_names
 from qronos_export.report import Artifact, sha256
 from qronos_export.results import REPORT, Results
-from qronos_export.validation import Gate
 from qronos_export.workspace import check_space, workspace
 
 SPLIT_SIZE = "48G"  # the hub asks for files below 50 GB
@@ -50,12 +50,13 @@ def megabytes(text: str) -> int:
     return int(found[1]) * (1000 if found[2] == "G" else 1)
 
 
-def check_proof(results: Results, gate: Gate) -> list[str]:
+def check_proof(results: Results, gates: Gates) -> list[str]:
     """Why the results should not be published: one sentence for each file that was not measured or missed a limit."""
     reasons = []
     for artifact in results.artifacts:
-        found = results.validation(artifact)
-        failures = gate.check(found) if found else ["it was not validated."]
+        failures = ["it was not validated."]
+        if found := results.validation(artifact):
+            failures = [verdict.says for verdict in gates.verdicts(found) if not verdict.passed]
         reasons += [f"{artifact.path}: {failure}" for failure in failures]
     return reasons
 
@@ -66,7 +67,7 @@ def publish(
     *,
     private: bool = False,
     revision: str | None = None,
-    gate: Gate | None = None,
+    gates: Gates | None = None,
     force: bool = False,
     split_size: int = 48_000,
     llamacpp: Callable[[], LlamaCpp],
@@ -83,7 +84,7 @@ def publish(
     """
     if not looks_like_id(repository) or "@" in repository:
         raise UsageError(f"{repository!r} is no repository of the hub; expected OWNER/NAME.")
-    if (reasons := check_proof(results, gate or Gate())) and not force:
+    if (reasons := check_proof(results, gates or Gates())) and not force:
         raise PublishError(
             f"{results.folder} is not fit to be published: {' '.join(reasons)} "
             "Validate it, choose another recipe, or publish it nevertheless with --force."
@@ -93,7 +94,7 @@ def publish(
         raise PublishError(
             f"No token of {constants.ENDPOINT} was found. Run `hf auth login` with one that may write, or set HF_TOKEN."
         )
-    _check_card(results)
+    _check_card(results, repository)
     hashes: dict[Path, str] = {}
     for artifact in results.artifacts:
         say(f"checking {artifact.path}")
@@ -102,6 +103,7 @@ def publish(
     tools = llamacpp() if large else None
     counts = {each.path: tools.parts(results.folder / each.path, split_size) for each in large} if tools else {}
     parts = {name: part_names(name, count) for name, count in counts.items() if count > 1}
+    _check_card_parts(results, parts)
     if dry_run:
         planned = {name: [Upload(part, b"", 0) for part in names] for name, names in parts.items()}
         return [*_files(results, hashes, planned), *_beside(results, repository, parts)], None
@@ -139,14 +141,41 @@ def _is_large(artifact: Artifact, split_size: int) -> bool:
     return artifact.path.endswith(".gguf") and artifact.bytes > split_size * 10**6
 
 
-def _check_card(results: Results) -> None:
-    """Raises PublishError for a card of ours that is of another run; one that people wrote is theirs."""
+_ANEW = "Delete it, to have it written anew, or correct it."
+
+
+def _our_card(results: Results) -> str:
+    """The text of a card of ours that lies there, else nothing; one that people wrote is theirs."""
     path = results.folder / CARD
     text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
-    if MARK in text and (stale := [each.path for each in results.artifacts if each.sha256 not in text]):
+    return text if MARK in text else ""
+
+
+def _check_card(results: Results, repository: str) -> None:
+    """Raises PublishError for a card of ours that is of another run or for another repository."""
+    text = _our_card(results)
+    if text and (stale := [each.path for each in results.artifacts if each.sha256 not in text]):
         raise PublishError(
-            f"{path} does not name the sha256 of {stale[0]}, so it was written for other files. "
-            "Write it anew by `qronos-export card --force`, or delete it."
+            f"{results.folder / CARD} does not name the sha256 of {stale[0]}, so it was written for other files. "
+            + _ANEW
+        )
+    named = set(re.findall(r"(?:--hf-repo |hf download |hf\.co/)([\w.-]+/[\w.-]+)", text)) - {repository}
+    if named:
+        raise PublishError(
+            f"{results.folder / CARD} says how to run the files of {min(named)}, not of {repository}. {_ANEW}"
+        )
+
+
+def _check_card_parts(results: Results, parts: dict[str, list[str]]) -> None:
+    """Raises PublishError for a card of ours that names other files than are sent."""
+    text = _our_card(results)
+    sent = {name for names in parts.values() for name in names}
+    named = set(re.findall(r"[^\s`/]+-\d{5}-of-\d{5}\.gguf", text))
+    wrong = [*(named - sent), *(names[0] for names in parts.values() if names[0] not in named)] if text else []
+    if wrong:
+        raise PublishError(
+            f"{results.folder / CARD} was written for another --split-size: {min(wrong)} is in it or sent, not both. "
+            + _ANEW
         )
 
 

@@ -7,8 +7,9 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from qronos_export.errors import PublishError
+from qronos_export.errors import PublishError, ReportError
 from qronos_export.report import SCHEMA, Artifact, sha256
+from qronos_export.typed_json import typed
 from qronos_export.validation import Validation
 
 REPORT = "report.json"
@@ -45,16 +46,14 @@ class Results:
         return hashes
 
     def validation(self, artifact: Artifact) -> Validation | None:
-        """What was measured of it. Raises PublishError for a report that another version wrote."""
-        known = {field.name for field in fields(Validation)}
+        """What was measured of it. Raises PublishError for what is damaged or no finite number, or a report that
+        another version wrote."""
         if not artifact.validation:
             return None
         try:
-            return Validation(**{key: value for key, value in artifact.validation.items() if key in known})
-        except TypeError as error:
-            raise PublishError(
-                f"{self.folder / REPORT}: the validation of {artifact.path} is damaged ({error}). Quantize again."
-            ) from error
+            return typed(Validation, artifact.validation, f"{self.folder / REPORT}: {artifact.path}: validation")
+        except ReportError as error:
+            raise PublishError(f"{error} Quantize again.") from error
 
 
 def open_results(folder: Path) -> Results:

@@ -91,6 +91,21 @@ class _Size:
     bits: float
 
 
+@dataclass(frozen=True)
+class _Compared:
+    """A file as `compare --json` prints it."""
+
+    file: str
+    bytes: int
+    bits_per_weight: float
+    validation: Validation
+
+
+@dataclass(frozen=True)
+class _Comparison:
+    files: list[_Compared]
+
+
 def read_runs(folders: Sequence[Path]) -> list[Run]:
     """Raises ReportError for a folder without a run, or one whose files are not those of its report."""
     resolved = [folder.resolve() for folder in folders]
@@ -144,6 +159,23 @@ def block_of(tensor: str) -> int | None:
     """The number of the block it is in."""
     found = re.match(r"blk\.(\d{1,6})\.", tensor)
     return None if found is None else int(found[1])
+
+
+def read_baselines(path: Path, runs: Sequence[Run]) -> list[Measured]:
+    """A file as `read_baseline` takes it, or what `compare --json` prints, without the files of `runs` themselves.
+
+    Raises ReportError as that does.
+    """
+    data = load(path)
+    if not isinstance(data, dict) or "files" not in data:
+        return [read_baseline(path)]
+    own = {(artifact.path, artifact.bytes) for run in runs for artifact in run.report.artifacts}
+    found = typed(_Comparison, data, str(path)).files
+    return [
+        Measured(each.file, None, each.bytes, each.bits_per_weight, each.validation)
+        for each in found
+        if (Path(each.file).name, each.bytes) not in own
+    ]
 
 
 def read_baseline(path: Path) -> Measured:

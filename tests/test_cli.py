@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -31,6 +32,25 @@ def test_help_imports_nothing_heavy() -> None:
     assert done.stdout.strip().endswith("[]"), done.stdout
     for command in ("quantize", "convert", "validate", "compare", "report", "publish", "formats", "llamacpp"):
         assert command in done.stdout
+
+
+def test_without_the_onnx_extra_commands_on_onnx_say_what_to_install(tmp_path: Path) -> None:
+    (tmp_path / "model.onnx").write_bytes(b"")
+    commands = [["inspect", "model.onnx"], ["validate", "model.onnx", "--reference", "x"]]
+    commands.append(["compare", "model.onnx", "--reference", "x"])
+    program = (
+        "import sys\n"
+        "for name in ('onnx', 'onnx_ir', 'onnxruntime', 'onnxruntime_genai'):\n    sys.modules[name] = None\n"
+        "from typer.testing import CliRunner\n"
+        "from qronos_export.cli import app\n"
+        f"for command in {commands}:\n    print(repr(CliRunner().invoke(app, command).exception))"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
+    )
+    says = "UsageError(\"ONNX needs onnx, which is not installed; run `pip install 'qronos-export[onnx]'`.\")"
+    assert done.stdout.splitlines() == [says] * 3
 
 
 def test_formats_lists_every_format() -> None:

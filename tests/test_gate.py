@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from dataclasses import replace
@@ -11,8 +12,10 @@ from xml.etree import ElementTree
 
 import pytest
 import yaml
+from typer.testing import CliRunner
 
 from qronos_export import gate_report
+from qronos_export.cli import app
 from qronos_export.errors import OutputError, UsageError
 from qronos_export.gate import load_gates
 from qronos_export.paired import Chunks
@@ -120,6 +123,32 @@ def test_another_text_or_model_is_refused(gate: Any) -> None:
     ):
         with pytest.raises(UsageError, match=says):
             gates.verdicts(measured(**change))
+
+
+def test_what_cannot_fit_is_refused_before_it_is_measured(gate: Any, tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("held out")
+    before = measured(text_sha256=hashlib.sha256(b"held out").hexdigest())
+    path, junit = gate(before, kld={}), tmp_path / "junit.xml"
+    gates = load_gates(path)
+    for fitting in ((text, 64, 4), (text, 64, None), (text, 64, 5), (None, 64, 4)):  # 5: the text may have 4
+        gates.check_fits(*fitting)
+    load_gates(gate(max_kld=1)).check_fits(text, 1, 1)
+    path = gate(before, kld={})
+    junit.write_text("of an earlier run")
+    for more, says in (
+        (("--context", "32"), "a context of 64, this file on 32"),
+        (("--context", "64", "--chunks", "3"), "chunks: 4, this file on 3"),
+    ):
+        arguments = ["validate", "a.gguf", "--reference", "b", "--text", str(text), "--gate", str(path), *more]
+        error = CliRunner().invoke(app, [*arguments, "--junit", str(junit)]).exception
+        assert isinstance(error, UsageError) and says in str(error)
+        suites = ElementTree.parse(junit).getroot()
+        assert [suites.get(key) for key in ("tests", "failures", "errors")] == ["1", "0", "1"]
+        assert says in str(suites.find("testsuite/testcase/error").get("message"))  # type: ignore[union-attr]
+    text.write_text("another")
+    with pytest.raises(UsageError, match="measured on the text with sha256"):
+        gates.check_fits(text, 64, 4)
 
 
 @pytest.mark.parametrize(

@@ -201,6 +201,21 @@ def test_what_is_wrong_with_a_tensors_place_is_found(at: int, data: bytes, says:
     assert [what for severity, where, what in found if where == Q4 and says in what and severity == "error"], found
 
 
+def test_however_long_special_tokens_are_the_file_is_described(tmp_path: Path) -> None:
+    """More of them than is kept of a file's values."""
+    path, tokens = tmp_path / "f.gguf", 17_000
+    token = string(b"a" * 4100)
+    with path.open("wb") as file:
+        file.write(header(struct.pack("<QQ", 0, 1 + tokens)))
+        file.write(string(b"tokenizer.ggml.tokens") + struct.pack("<IIQ", 9, 8, tokens))
+        for _ in range(tokens):
+            file.write(token)
+        for index in range(tokens):
+            file.write(string(b"tokenizer.ggml.%d_token_id" % index) + struct.pack("<II", 4, index))
+    special = inspect(path, numbers=False, check=True).tokenizer["special"]
+    assert special["0"] == {"id": 0, "token": "a" * 4096} and len(special) == tokens
+
+
 def test_names_that_are_there_twice_or_too_long_are_found(tmp_path: Path) -> None:
     long = "n" * 64
     path = write(tmp_path / "f.gguf", lambda writer: writer.add_tensor(long, np.ones(8, np.float32)), ("Q4_0", "Q4_1"))
@@ -345,7 +360,10 @@ def test_the_command_shows_all_of_it_and_runs_nothing(tmp_path: Path, monkeypatc
         assert any(line.split()[:2] == [f"blk.0.{name}.weight", name] for line in done.output.splitlines())
     assert shown("tab\tΩ") == r"tab\tΩ"
     shortened = run(str(write(tmp_path / "g.gguf", lambda writer: writer.add_array("long", list(range(999))))))
-    assert "999 × int32: 0, 1, 2, 3, 4, 5, 6, 7, …" in " ".join(shortened.output.split())
+    assert "999 × int32: 0, 1, 2, 3, 4, 5, 6, 7, …" in shortened.output
+    recipe = "word " * 30  # without a terminal nothing is folded
+    long = run(str(write(tmp_path / "h.gguf", lambda writer: writer.add_string("recipe", recipe))))
+    assert any(line.split() == ["recipe", *recipe.split()] for line in long.output.splitlines())
 
 
 def test_json_and_exit_codes(tmp_path: Path) -> None:

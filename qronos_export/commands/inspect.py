@@ -4,7 +4,6 @@ alone, and never as markup."""
 from __future__ import annotations
 
 import json
-import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from qronos_export.commands.options import console
 from qronos_export.errors import ArtifactError
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ def inspect(
     if as_json:
         typer.echo(json.dumps(found.to_json(checked=check), indent=2, allow_nan=False))
     else:
-        show(found, _console(), checked=check)
+        show(found, console(emoji=False), checked=check)
     if found.errors:
         first = "" if check else f" {_clear(found.errors[0].where)}: {_clear(found.errors[0].what)}."
         raise ArtifactError(f"{file} has {_counted(len(found.errors), 'error')}.{first}")
@@ -133,9 +133,3 @@ def _table(*rows: tuple[str, ...], head: tuple[str, ...] = ()) -> Table:
     for row in rows:
         table.add_row(*(Text(_clear(cell, _WIDTH), overflow="fold") for cell in row))
     return table
-
-
-def _console() -> Console:
-    from rich.console import Console
-
-    return Console(highlight=False, markup=False, emoji=False, soft_wrap=not sys.stdout.isatty())

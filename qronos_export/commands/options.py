@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -77,10 +78,13 @@ def table(*rows: tuple[str, str]) -> None:
     console().print(drawn)
 
 
-def console() -> Any:
+def console(**more: Any) -> Any:
+    """Tables fit a terminal; in files and pipes a row stays one line."""
     from rich.console import Console
 
-    return Console(highlight=False, markup=False, soft_wrap=not sys.stdout.isatty())
+    terminal = sys.stdout.isatty()
+    width = None if terminal or "COLUMNS" in os.environ else 10_000
+    return Console(highlight=False, markup=False, soft_wrap=not terminal, width=width, **more)
 
 
 def progress() -> Progress:

@@ -23,6 +23,9 @@ def publish(
     max_ppl_increase: Annotated[
         float | None, typer.Option(help="Refuse files above this rise of perplexity, in percent.")
     ] = None,
+    gate: Annotated[
+        Path | None, typer.Option(help="YAML of limits that every file must keep, as for validate.", metavar="FILE")
+    ] = None,
     split_size: Annotated[
         str, typer.Option(help="GGUF files above this many bytes become several.", metavar="NUMBER M|G")
     ] = "48G",
@@ -35,18 +38,18 @@ def publish(
     Only proven files: every one validated, within the limits, and with the sha256 of its report. The token is that of
     `hf auth login` or HF_TOKEN. Run again after an interruption, it goes on where it stopped.
     """
+    from qronos_export.gate import load_gates
     from qronos_export.llamacpp import find
     from qronos_export.publish import megabytes
     from qronos_export.publish import publish as run
     from qronos_export.results import open_results
-    from qronos_export.validation import Gate
 
     uploads, address = run(
         open_results(folder),
         repository,
         private=private,
         revision=revision,
-        gate=Gate(max_kld, max_ppl_increase),
+        gates=load_gates(gate, max_kld=max_kld, max_ppl_increase=max_ppl_increase),
         force=force,
         split_size=megabytes(split_size),
         llamacpp=lambda: find(llamacpp),

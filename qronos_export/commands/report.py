@@ -17,7 +17,9 @@ def report(
     ] = None,
     baseline: Annotated[
         list[Path] | None,
-        typer.Option(help="What `validate --json` printed, with name, bytes and bits; several.", metavar="FILE"),
+        typer.Option(
+            help="What `compare --json` printed, or `validate --json` with name, bytes, bits; several.", metavar="FILE"
+        ),
     ] = None,
     worst: Annotated[
         str | None,
@@ -48,12 +50,13 @@ def report(
     from qronos_export.llamacpp import find
     from qronos_export.page import write_page
     from qronos_export.proof import Held
-    from qronos_export.runs import compare, read_baseline, read_runs
+    from qronos_export.runs import compare, read_baselines, read_runs
     from qronos_export.validation import Cache
     from qronos_export.worst import WorstTokens, measure
 
     runs = read_runs(folders)
-    comparisons = compare(runs, [(path, read_baseline(path)) for path in baseline or []])
+    baselines = [(path, each) for path in baseline or [] for each in read_baselines(path, runs)]
+    comparisons = compare(runs, baselines)
     found: dict[str, WorstTokens] = {}
     if worst is not None:
         held = Held(text, context, chunks)

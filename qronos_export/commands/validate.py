@@ -49,7 +49,7 @@ def validate(
     Exits with 0 when all limits are kept, 1 when one is missed or something fails, 2 for wrong usage.
     """
     from qronos_export import gate_report
-    from qronos_export.errors import GateError, UsageError
+    from qronos_export.errors import GateError, QronosError, UsageError
     from qronos_export.gate import load_gates
     from qronos_export.llamacpp import find
     from qronos_export.proof import Held, prove, prove_onnx
@@ -65,12 +65,18 @@ def validate(
         gate_report.check_folder(summary_file, "--summary")
 
     begun = time.perf_counter()
-    if file.suffix == ".onnx" or file.is_dir():
-        result = prove_onnx(file, reference, held)
-    else:
-        result = prove(file, reference, held, llamacpp=find(llamacpp))
+    try:
+        gates.check_fits(text, context, chunks)
+        if file.suffix == ".onnx" or file.is_dir():
+            result = prove_onnx(file, reference, held)
+        else:
+            result = prove(file, reference, held, llamacpp=find(llamacpp))
+        verdicts = gates.verdicts(result)
+    except QronosError as error:
+        if junit is not None:  # nothing that an earlier run left says otherwise
+            gate_report.write(junit, gate_report.junit_error(file, str(error), time.perf_counter() - begun))
+        raise
     seconds = time.perf_counter() - begun
-    verdicts = gates.verdicts(result)
     failures = [verdict.says for verdict in verdicts if not verdict.passed]
     if as_json:
         typer.echo(json.dumps({**result.to_json(), "failures": failures, "passed": not failures}, indent=2))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from qronos_export.artifact.onnx_builder import check_packages
 from qronos_export.errors import ArtifactError, UsageError
 from qronos_export.inspection.found import Finding, Inspection
 from qronos_export.inspection.gguf_model import inspect_gguf
@@ -19,6 +20,7 @@ def inspect(path: Path, *, numbers: bool, check: bool) -> Inspection:
     Raises UsageError where there is no such file, ArtifactError where it is neither or nothing of it can be read.
     """
     if path.is_dir() or path.suffix == ".onnx":
+        check_packages()  # without which not even what follows can be imported
         from qronos_export.inspection.onnx_model import inspect_onnx
 
         return inspect_onnx(path, numbers=numbers, check=check)

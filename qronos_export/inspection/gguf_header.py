@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Collection
+from contextlib import suppress
 from dataclasses import dataclass, field
 from os import SEEK_CUR
 from pathlib import Path
@@ -26,6 +27,7 @@ _KEYS = 1 << 16
 _TENSORS = 1 << 18
 _ENTRIES = 1 << 22  # strings in all arrays; the largest vocabularies and their merges have under a million
 _STRING = 1 << 20  # bytes kept of a string
+_TOKEN = 1 << 12  # and of a special token
 _KEPT = 1 << 26  # bytes kept of all values
 _FIRST = 8  # entries kept of an array
 _NAME = 1 << 16  # bytes of a key, by the specification
@@ -93,14 +95,15 @@ class Header:
     findings: list[Finding] = field(default_factory=list)
 
     def strings(self, key: str, indices: Collection[int]) -> dict[int, str]:
-        """Those of `indices` in the array of strings `key` that it has."""
+        """Those of `indices` in the array of strings `key` that it has; of long ones the beginning, and no more of
+        them than are kept of all values."""
         found, following = {}, 0
-        with self.path.open("rb") as file:
+        with self.path.open("rb") as file, suppress(_Stop):
             cursor = _Cursor(file, self.size)
             cursor.jump(self.places[key])
             for index in sorted({index for index in indices if 0 <= index < (self.metadata[key].count or 0)}):
                 cursor.skip_strings(index - following, key)
-                found[index] = str(cursor.text(key, _STRING).value)
+                found[index] = str(cursor.text(key, _TOKEN).value)
                 following = index + 1
         return found
 
