@@ -54,9 +54,9 @@ INSIDE = {  # a module of qronos_export, and what else of qronos_export it may i
     "rehearsal": {"artifact", "calibration", "layers", "live", "plan", "rounding", "transforms"},
     "live": set(),
     "__main__": {"cli"},
-    "publish": {"artifact", "card", "checkpoint", "llamacpp", "report", "results", "validation", "workspace"},
+    "publish": {"artifact", "card", "checkpoint", "gate", "llamacpp", "report", "results", "validation", "workspace"},
     "card": {"report", "results"},
-    "results": {"report", "validation"},
+    "results": {"report", "typed_json", "validation"},
     "provenance": {"", "artifact", "checkpoint"},
     "pipeline": {
         "activations", "artifact", "attention", "checkpoint", "calibration", "corpus", "llamacpp", "llamacpp_log",

@@ -372,6 +372,10 @@ def test_json_and_exit_codes(tmp_path: Path) -> None:
     found = json.loads(done.output, parse_constant=lambda name: pytest.fail(name))
     assert done.exit_code == 0 and found["findings"] is None and found["metadata"]["nan"]["value"] == "nan"
     assert found["tensors"][-1]["statistics"]["rms"] > 0
+    (row,) = (line.split() for line in run(str(path), "--numbers").output.splitlines() if line.startswith(f"{Q4} "))
+    (facts,) = (each for each in found["tensors"] if each["name"] == Q4)
+    least, largest = facts["statistics"]["scale_range"]
+    assert row[-7:-4] == [f"{least:.3g}", "…", f"{largest:.3g}"] and row[-2] == f"{facts['statistics']['rms']:.4g}"
     assert run(str(path), "--check").output.splitlines()[-1] == "0 errors, 0 warnings"
     _patched(path, Q4, 0, NAN)
     done = run(str(path), "--check")
