@@ -74,7 +74,7 @@ def checked(path: Path) -> list[tuple[str, str, str]]:
 
 
 def run(*arguments: str) -> Result:
-    return CliRunner().invoke(app, ["inspect", *arguments])
+    return CliRunner().invoke(app, ["inspect", *arguments], env={"COLUMNS": None})  # as wide as a row is
 
 
 def test_a_whole_file_is_described_as_upstreams_reader_does(tmp_path: Path) -> None:
