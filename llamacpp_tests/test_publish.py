@@ -19,6 +19,7 @@ from qronos_export.artifact.gguf import GGUFFile
 from qronos_export.cli import main
 from qronos_export.llamacpp import LlamaCpp
 from qronos_export.report import sha256
+from qronos_export.validation import Reference
 from tests.families import make
 from tests.hub_server import COMMIT, hub
 from tests.upload_server import DROP, TOKEN, Fault, Hub, upload_hub
@@ -101,8 +102,9 @@ def report_of(folder: Path) -> dict[str, Any]:
 # ---- what the files and the card say
 
 
-def test_the_files_say_where_they_come_from(quantized: Path, llamacpp: LlamaCpp) -> None:
-    """In upstream's keys and ours, of which none belongs to a time or a place; llama.cpp reads the file."""
+def test_the_files_say_where_they_come_from(quantized: Path, llamacpp: LlamaCpp, english: Path, tmp_path: Path) -> None:
+    """In upstream's keys and ours, of which none belongs to a time or a place; llama.cpp reads the file, and measures
+    what it says."""
     file = GGUFFile(quantized / "tiny-Q4_0.gguf")
     assert file.stated("general.license") == "llama3.2" and file.stated("general.languages") == ["en", "de"]
     assert file.stated("general.source.repo_url") == "https://huggingface.co/someone/tiny"
@@ -111,7 +113,22 @@ def test_the_files_say_where_they_come_from(quantized: Path, llamacpp: LlamaCpp)
     recipe = json.loads(file.stated("qronos_export.recipe"))
     assert (recipe["method"], recipe["format"], recipe["transforms"]) == ("rtn", "Q4_0", "none")
     ours = {key: field.contents() for key, field in file.reader.fields.items() if key.startswith("qronos_export.")}
+    measured = {key: ours.pop(key) for key in list(ours) if key.startswith("qronos_export.validation.")}
     assert set(ours) == {f"qronos_export.{key}" for key in ("version", "recipe", "model")}  # rtn reads no text
+    artifact = next(each for each in report_of(quantized)["artifacts"] if each["path"] == file.path.name)
+    assert measured == {key: artifact["validation"][key.rpartition(".")[2]] for key in measured} and len(measured) == 11
+    assert measured["qronos_export.validation.kl_divergence"] > 0
+    assert (artifact["sha256"], artifact["bytes"]) == (sha256(file.path), file.path.stat().st_size)
+    with Reference(
+        llamacpp.convert(quantized.parent / "tiny", tmp_path / "float.gguf", "f32"),
+        english,
+        llamacpp=llamacpp,
+        workspace=tmp_path,
+        context=64,
+        chunks=4,
+    ) as reference:
+        again = reference.compare(file.path)  # of the file as it is now
+    assert again.kl_divergence == pytest.approx(artifact["validation"]["kl_divergence"], rel=1e-3)
     assert str(quantized.parent) not in json.dumps(ours)
     dump = [sys.executable, "-m", "gguf.scripts.gguf_dump", "--no-tensors", file.path]
     said = subprocess.run(dump, capture_output=True, text=True, check=True).stdout

@@ -41,7 +41,7 @@ from qronos_export.plan import (
     type_patterns,
 )
 from qronos_export.proof import Held, float_file, held_out_file, reference
-from qronos_export.provenance import dataset_of, file_facts, model_facts
+from qronos_export.provenance import dataset_of, file_facts, model_facts, validation_facts
 from qronos_export.ranks import ALONE, Ranks
 from qronos_export.recipe import Recipe
 from qronos_export.report import Artifact, LayerReport, RunReport
@@ -295,6 +295,7 @@ def _run(
                         continue
                     yield Stage(f"validate: {artifact.format}")
                     artifact.validation = against.compare(output / artifact.path, on_chunk=on_progress).to_json()
+                    _state(artifact, output / artifact.path, folder)
                     clock.lap("validate")
                     result.seconds = {**clock.seconds, "total": time.perf_counter() - begun}
                     result.write(report_path)
@@ -314,6 +315,16 @@ def _run(
                 result.seconds = {**clock.seconds, "total": time.perf_counter() - begun}
                 result.write(report_path)
     yield Finished(result, output)
+
+
+def _state(artifact: Artifact, file: Path, folder: Path) -> None:
+    """Put its validation into the metadata of `file`, by way of `folder`."""
+    assert artifact.validation is not None
+    check_space(folder, file.stat().st_size)
+    stated = folder / file.name
+    gguf.restate(gguf.GGUFFile(file), validation_facts(artifact.validation), stated)
+    artifact.bytes, artifact.sha256 = stated.stat().st_size, report.sha256(stated)
+    stated.replace(file)
 
 
 def check_recipe(recipe: Recipe, held: Held | None, llamacpp: LlamaCpp) -> None:

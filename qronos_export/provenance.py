@@ -1,7 +1,7 @@
 """Where a file comes from, as facts that hold on every machine: what a GGUF says of itself, and a report of its model.
 
-Only what decides the bytes goes into a file: no time, no path, no device, no measurement. The same recipe therefore
-still gives the same bytes; what was measured afterwards is in report.json and in the model card.
+Only what decides the bytes goes into a file: no time, no path, no device. The same recipe therefore gives the same
+bytes, until a validated file is told how it was measured.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from qronos_export import __version__
-from qronos_export.artifact.gguf import GGUFFile, lineage
+from qronos_export.artifact.gguf import Fact, GGUFFile, lineage
 from qronos_export.checkpoint import Checkpoint, base_card
 
 _OF_THIS_MACHINE = ("model", "artifact", "accuracy_level", "device", "match_lengths")
@@ -57,14 +57,14 @@ def file_facts(
     format: str,
     model: Mapping[str, Any],
     calibration: Mapping[str, Any] | None,
-) -> dict[str, str | int]:
+) -> dict[str, Fact]:
     """Keys that a GGUF file gets besides those of its float file `source`.
 
     general.source.repo_url, general.base_model.*: the hub's model it was made from, as upstream's converter names it;
     parents that the model's own card states stay. Who quantized (general.quantized_by) is for people to say.
     qronos_export.version, .recipe (JSON, sorted), .model (owner/name@commit), .calibration.sha256, .calibration.tokens.
     """
-    facts: dict[str, str | int] = {
+    facts: dict[str, Fact] = {
         "qronos_export.version": __version__,
         "qronos_export.recipe": json.dumps(_portable(recipe, format), sort_keys=True, ensure_ascii=False),
     }
@@ -75,6 +75,17 @@ def file_facts(
         return facts
     facts["qronos_export.model"] = f"{model['repository']}@{model['revision']}"
     return facts | lineage(source, model["repository"])
+
+
+_MEASURED = (
+    "kl_divergence", "kl_divergence_error", "perplexity", "perplexity_error", "perplexity_reference", "same_top",
+    "same_top_error", "chunks", "context", "text_sha256", "llama_cpp",
+)  # fmt: skip
+
+
+def validation_facts(validation: Mapping[str, Any]) -> dict[str, Fact]:
+    """Keys qronos_export.validation.* for what a report says of a file's validation, in its units."""
+    return {f"qronos_export.validation.{key}": validation[key] for key in _MEASURED}
 
 
 def _portable(recipe: Mapping[str, Any], format: str) -> dict[str, Any]:

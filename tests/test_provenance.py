@@ -7,11 +7,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import gguf
+import numpy as np
 import pytest
 
-from qronos_export.artifact.gguf import BlockStore, GGUFFile, lineage, write_gguf
+from qronos_export.artifact.gguf import BlockStore, Fact, GGUFFile, lineage, restate, write_gguf
 from qronos_export.checkpoint import base_card
-from qronos_export.provenance import dataset_of, file_facts
+from qronos_export.provenance import dataset_of, file_facts, validation_facts
 from qronos_export.recipe import Recipe
 
 HUB = {"name": "tiny", "repository": "some-one/tiny-1B", "revision": "abc"}
@@ -65,13 +66,47 @@ def test_a_model_of_the_hub_is_named_in_upstreams_keys(tmp_path: Path) -> None:
 
 def test_facts_are_written_and_win(tmp_path: Path) -> None:
     source = float_file(tmp_path / "f.gguf", general__name="tiny", qronos_export__version="0.0")
-    facts: dict[str, str | int] = {"qronos_export.version": "1", "qronos_export.calibration.tokens": 9}
+    facts: dict[str, Fact] = {"qronos_export.version": "1", "qronos_export.calibration.tokens": 9}
     for name in ("a.gguf", "b.gguf"):
         write_gguf(source, BlockStore(tmp_path / "blocks"), 2, tmp_path / name, facts)
     written = GGUFFile(tmp_path / "a.gguf")
     assert {key: written.stated(key) for key in (*facts, "general.name")} == {**facts, "general.name": "tiny"}
     assert written.stated("absent") is None
     assert (tmp_path / "a.gguf").read_bytes() == (tmp_path / "b.gguf").read_bytes()
+
+
+def test_a_file_is_told_how_it_was_measured(tmp_path: Path) -> None:
+    """Metadata changes, tensors of every kind stay; telling it again changes the values alone."""
+    writer = gguf.GGUFWriter(tmp_path / "f.gguf", "llama")
+    writer.add_file_type(2)
+    writer.add_string("qronos_export.version", "1")
+    values = np.random.default_rng(0).normal(size=(4, 64)).astype(np.float32)
+    for kind in (gguf.GGMLQuantizationType.Q4_0, gguf.GGMLQuantizationType.Q8_0, gguf.GGMLQuantizationType.F16):
+        writer.add_tensor(kind.name, gguf.quants.quantize(values, kind), raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    before = GGUFFile(tmp_path / "f.gguf")
+    measured = dict.fromkeys(("kl_divergence", "kl_divergence_error", "perplexity", "perplexity_error"), 0.125)
+    measured |= {"perplexity_reference": 9.5, "same_top": 90.0, "same_top_error": 0.5}
+    facts = validation_facts(
+        {**measured, "chunks": 4, "context": 64, "text_sha256": "ab", "llama_cpp": "b1", "kl_max": 9.0}
+    )
+    restate(before, facts, tmp_path / "g.gguf")
+    after = GGUFFile(tmp_path / "g.gguf")
+    assert {key: after.stated(key) for key in facts} == facts and after.stated(
+        "qronos_export.validation.kl_max"
+    ) is None
+    assert after.stated("qronos_export.version") == "1" and after.stated("general.file_type") == 2
+    assert list(after.tensors) == list(before.tensors)
+    for name, tensor in before.tensors.items():
+        assert replace(after.tensors[name], offset=tensor.offset) == tensor
+        assert np.array_equal(after.bytes(name), before.bytes(name))
+    restate(after, {**facts, "qronos_export.validation.chunks": 5}, tmp_path / "h.gguf")
+    again = GGUFFile(tmp_path / "h.gguf")
+    assert again.stated("qronos_export.validation.chunks") == 5 and len(again.reader.fields) == len(after.reader.fields)
+    assert (tmp_path / "h.gguf").stat().st_size == (tmp_path / "g.gguf").stat().st_size
 
 
 @pytest.mark.parametrize(

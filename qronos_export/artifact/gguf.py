@@ -11,7 +11,7 @@ import hashlib
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,8 @@ from qronos_export.errors import ArtifactError
 
 _CHUNK = 1 << 22  # weights hashed or read at a time
 
+Fact = str | int | float
+"""A value of the metadata: written as a string, uint32 or float64."""
 
 TYPES: dict[int, tuple[str, int, int]] = {  # ggml's number -> name, weights a block, bytes a block
     **{int(kind): (kind.name, *size) for kind, size in gguf.GGML_QUANT_SIZES.items()},
@@ -347,14 +349,14 @@ def _reserve(path: Path, size: int) -> None:
                 file.write(bytes(min(_CHUNK, size - start)))
 
 
-def lineage(source: GGUFFile, repository: str) -> dict[str, str | int]:
+def lineage(source: GGUFFile, repository: str) -> dict[str, Fact]:
     """The keys by which upstream's converter names the hub's model `repository` (owner/name) that a file was made from.
 
     `general.source.*` is what was converted. `general.base_model.*` are the parents of a model: those that its card
     states are in `source` already, else the quantized file's parent is the model itself.
     """
     url = f"https://huggingface.co/{repository}"
-    facts: dict[str, str | int] = {gguf.Keys.General.SOURCE_REPO_URL: url}
+    facts: dict[str, Fact] = {gguf.Keys.General.SOURCE_REPO_URL: url}
     if source.stated(gguf.Keys.General.BASE_MODEL_COUNT) is None:
         organization, _, name = repository.partition("/")
         facts[gguf.Keys.General.BASE_MODEL_COUNT] = 1
@@ -369,12 +371,12 @@ def write_gguf(
     store: BlockStore,
     file_type: int,
     destination: Path,
-    facts: Mapping[str, str | int] | None = None,
+    facts: Mapping[str, Fact] | None = None,
 ) -> None:
     """Write `source` again with the tensors of `store` in their blocks; everything else byte for byte as it is.
 
     file_type: llama.cpp's number of the mix, for `general.file_type`.
-    facts: further metadata; a number becomes an uint32. A key that `source` has gets the new value.
+    facts: further metadata. A key that `source` has gets the new value.
     """
     writer = _begun(source, store.formats, store.scales, file_type, destination, facts or {})
     for tensor in source.tensors.values():
@@ -386,12 +388,28 @@ def write_gguf(
     writer.close()
 
 
+def restate(file: GGUFFile, facts: Mapping[str, Fact], destination: Path) -> None:
+    """Write `file` again with further metadata, its tensors byte for byte. Raises ArtifactError where they are not."""
+    kind = file.stated(gguf.Keys.General.FILE_TYPE)
+    writer = _begun(file, {}, {}, int(kind or 0), destination, facts)
+    for name in file.tensors:
+        writer.write_tensor_data(file.bytes(name))
+    writer.close()
+    written = GGUFFile(destination)
+    for name, tensor in file.tensors.items():
+        found = written.tensors.get(name)
+        if found is None or replace(found, offset=tensor.offset) != tensor:
+            raise ArtifactError(f"{destination} has {found} where {file.path} has {tensor}; report this.")
+        if not np.array_equal(written.bytes(name), file.bytes(name)):
+            raise ArtifactError(f"{destination} has other bytes in {name} than {file.path}; the disk may be failing.")
+
+
 def written_bytes(
     source: GGUFFile,
     formats: Mapping[str, BlockFormat],
     file_type: int,
     scratch: Path,
-    facts: Mapping[str, str | int],
+    facts: Mapping[str, Fact],
 ) -> int:
     """How large the file would be that `write_gguf` writes for tensors in `formats` without scales beside them. Writes
     its header to `scratch`."""
@@ -408,7 +426,7 @@ def _begun(
     scales: Mapping[str, np.ndarray],
     file_type: int,
     destination: Path,
-    facts: Mapping[str, str | int],
+    facts: Mapping[str, Fact],
 ) -> gguf.GGUFWriter:
     """A file whose header is written: the metadata of `source`, and its tensors in `formats` where they have one."""
     writer = gguf.GGUFWriter(destination, arch="", use_temp_file=False)
@@ -425,7 +443,7 @@ def _begun(
     writer.add_file_type(file_type)
     for key, value in facts.items():
         writer.kv_data[0].pop(key, None)
-        writer.add_key_value(key, value, _TEXT if isinstance(value, str) else gguf.GGUFValueType.UINT32)
+        writer.add_key_value(key, value, _KINDS[type(value)])
 
     for tensor in source.tensors.values():
         fmt = formats.get(tensor.name)
@@ -502,7 +520,11 @@ def verify_gguf(path: Path, source: GGUFFile, store: BlockStore) -> GGUFFile:
 
 UNKNOWN_UPSTREAM = frozenset({"Q1_0", "Q2_0"})
 """Types that gguf-py has no dequantize for."""
-_TEXT = gguf.GGUFValueType.STRING
+_KINDS = {
+    str: gguf.GGUFValueType.STRING,
+    int: gguf.GGUFValueType.UINT32,
+    float: gguf.GGUFValueType.FLOAT64,
+}
 _NUMBERS = {name: number for number, (name, *_) in TYPES.items()}
 
 
