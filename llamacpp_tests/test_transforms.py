@@ -58,7 +58,7 @@ def test_files_are_held_against_the_original(method: str, llamacpp: LlamaCpp, en
     assert finished.report.seconds["transforms"] > 0
     assert (finished.report.calibration is None) == (method == "rtn")
     again = recipe_from(finished.report.to_json()["recipe"], "report.json")
-    *_, repeated = pipeline.run(replace(again), tmp_path / "again", llamacpp=llamacpp, held=None)
+    *_, repeated = pipeline.run(replace(again), tmp_path / "again", llamacpp=llamacpp, held=held)
     assert isinstance(repeated, pipeline.Finished)
     assert repeated.report.artifacts[0].sha256 == artifact.sha256
 
