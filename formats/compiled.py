@@ -1,4 +1,4 @@
-"""Compiles `search.cpp` with the machine's C++ compiler, once, and loads it.
+"""Compiles `kernels.cpp` with the machine's C++ compiler, once, and loads it.
 
 The library lies in the cache under the hash of what it was made from. Without a compiler torch computes the same; `how`
 says which of them does.
@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-_SOURCE = Path(__file__).with_name("search.cpp")
+_SOURCE = Path(__file__).with_name("kernels.cpp")
 _FLAGS = ("-O3", "-std=c++17", "-ffp-contract=off", "-shared", "-fPIC")  # products are rounded as torch rounds them
 _VECTORS = {"AVX512": ("-mavx512f",), "AVX2": ("-mavx2", "-mfma")}  # by what torch finds the CPU capable of
 _LIMIT = 120.0  # seconds; it takes three
@@ -40,7 +40,7 @@ def how() -> str:
 
 
 def library() -> ctypes.CDLL | None:
-    """The functions of `search.cpp`, compiled if that was not done before; None where it cannot be done."""
+    """The functions of `kernels.cpp`, compiled if that was not done before; None where it cannot be done."""
     return _loaded()[0]
 
 
@@ -49,7 +49,7 @@ def _loaded() -> tuple[ctypes.CDLL | None, str]:
     compiler, capability = os.environ.get("CXX") or "c++", torch.backends.cpu.get_cpu_capability()
     command = [*shlex.split(compiler), *_FLAGS, *_VECTORS.get(capability, ())]
     made_from = "\n".join([*command, _SOURCE.read_text(encoding="utf-8")])
-    path = folder() / f"search-{hashlib.sha256(made_from.encode()).hexdigest()[:16]}.so"
+    path = folder() / f"kernels-{hashlib.sha256(made_from.encode()).hexdigest()[:16]}.so"
     try:
         if not path.exists():
             _compile(command, path)

@@ -1,5 +1,5 @@
-"""The compiled searches (`search.cpp`) on tensors. Each returns None where torch has to do it: off the CPU, in another
-precision than float32, for levels that are floats, or where nothing could be compiled.
+"""The compiled searches and error feedback (`kernels.cpp`) on tensors. Each tells where torch has to do it: off the
+CPU, in another precision than float32, for levels that are floats, or where nothing could be compiled.
 
 Weights x and importance w are [size, groups], a group a column.
 """
@@ -73,9 +73,43 @@ def nearest(weights: Tensor, inverse: Tensor, offset: Tensor | None, levels: Int
     offset = None if offset is None else offset.contiguous()
     codes = torch.empty_like(weights, dtype=torch.int8 if levels.low < 0 else torch.uint8)
     sizes = c_long(weights.numel() // inverse.numel()), c_long(inverse.numel())
-    at = c_void_p() if offset is None else _at(offset)
-    lib.nearest_integers(*sizes, _at(weights), _at(inverse), at, c_float(levels.low), c_float(levels.high), _at(codes))
+    ends = c_float(levels.low), c_float(levels.high)
+    lib.nearest_integers(*sizes, _at(weights), _at(inverse), _maybe(offset), *ends, _at(codes))
     return codes
+
+
+def diffuse(
+    work: Tensor,
+    errors: Tensor,
+    codes: Tensor,
+    feedback: Tensor,
+    places: Tensor,
+    begin: int,
+    size: int,
+    levels: Levels,
+    scales: tuple[Tensor, Tensor, Tensor | None],
+    anchors: Tensor | None,
+    first: Tensor | None,
+) -> bool:
+    """ColumnGrid.diffuse, whose `scales` are scale, inverse and offset [groups, rows]; False where torch has to do it.
+
+    work [reach, rows], errors and anchors [columns, rows] are rows of larger tensors, whole and in order, `feedback`
+    [columns, reach] is part of one; `places` int64 [columns] are rows of codes [.., rows].
+    """
+    scale, inverse, offset = scales
+    given = [work, errors, feedback, scale, inverse, *(t for t in (offset, anchors, first) if t is not None)]
+    if (lib := _library(*given)) is None or (line := _line(levels)) is None:
+        return False
+    if not (feedback.stride(1) == 1 and all(t.is_contiguous() for t in given if t is not feedback)):
+        raise ValueError("these tensors have to be contiguous")
+    by_cell = cells(levels.levels, torch.device("cpu"))[1] if isinstance(levels, Codebook) else None
+    table, *numbers = line
+    lib.diffuse(
+        c_long(len(errors)), c_long(len(work)), c_long(work.shape[1]), _at(work), _maybe(anchors), _at(feedback),
+        c_long(feedback.stride(0)), _maybe(first), _at(places), c_long(begin), c_long(size), _at(scale), _at(inverse),
+        _maybe(offset), table, _maybe(by_cell), *numbers, _at(codes), _at(errors),
+    )  # fmt: skip
+    return True
 
 
 def search_affine(
@@ -106,6 +140,10 @@ def _library(*given: Tensor) -> ctypes.CDLL | None:
 
 def _at(tensor: Tensor) -> c_void_p:
     return c_void_p(tensor.data_ptr())
+
+
+def _maybe(tensor: Tensor | None) -> c_void_p:
+    return c_void_p() if tensor is None else _at(tensor)
 
 
 def _weights(x: Tensor, importance: Tensor) -> tuple[c_long, c_long, c_void_p, c_void_p]:

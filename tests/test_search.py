@@ -1,4 +1,4 @@
-"""The compiled searches are torch's: exactly, where sums are exact. So are threads."""
+"""The compiled searches and error feedback are torch's: exactly, where sums are exact. So are threads."""
 
 from __future__ import annotations
 
@@ -19,6 +19,10 @@ from formats.parallel import at_once, side_by_side
 from formats.scale_search import best_half_scale, grouped, search_scale, to_half
 from formats.sums import code_sums, weighted_error
 from qronos_export.cache import cache_folder
+from qronos_export.rounding import Settings
+from qronos_export.rounding.gptq import gptq
+from qronos_export.rounding.sweep import ColumnGrid
+from qronos_export.statistics import LayerStats
 
 LEVELS = [Integers(-8, 7), Integers(0, 3), Integers(-127, 127), FORMATS["IQ4_NL"].levels, FORMATS["MXFP4"].levels]
 SHAPES = [(16, 1), (32, 15), (32, 16), (5, 67), (576, 33)]  # whole vectors of groups, none, and some left over
@@ -62,6 +66,55 @@ def test_sums_are_torchs(both: Callable, levels: Levels, shape: tuple[int, int],
         assert torch.equal(compiled, plain) and bool((plain != 0).any())
         compiled, plain = both(weighted_error, x, importance, scale, levels, shift)
         assert torch.equal(compiled, plain)
+
+
+@pytest.mark.parametrize("levels", LEVELS, ids=lambda levels: type(levels).__name__)
+@pytest.mark.parametrize("rows", [1, 16, 37])
+@pytest.mark.parametrize("more", [False, True], ids=["plain", "offset, anchors, first"])
+def test_columns_with_feedback_are_torchs(both: Callable, levels: Levels, rows: int, more: bool) -> None:
+    """Errors go five columns further on at least, so that float32 holds all of them."""
+    columns, reach = 12, 20
+    generator = torch.Generator().manual_seed(rows)
+
+    def eighths(*shape: int) -> Tensor:
+        return torch.randint(-40, 41, shape, generator=generator) / 8
+
+    scale = torch.tensor([0.5, 1.0, -2.0, 0.0, 0.25]).repeat(rows, 1)
+    grid = ColumnGrid(Grid(scale, levels, 4, torch.full_like(scale, 0.5) if more else None), 24)
+    feedback, given = eighths(columns, reach).sign().triu(5) / 4, eighths(reach, rows)
+    anchors, first = (eighths(columns, rows), eighths(rows)) if more else (None, None)
+    places = 24 + torch.randperm(reach, generator=generator)[:columns]
+
+    def diffused() -> tuple[Tensor, ...]:
+        work, codes = given.clone(), grid.new_codes(torch.zeros(48, rows)).zero_()
+        errors = torch.empty(columns, rows)
+        grid.diffuse(work, errors, codes, feedback, places, anchors, first, None)
+        return (*work[columns:], *errors, *codes.float())
+
+    compiled, plain = both(diffused)
+    assert torch.equal(compiled, plain)
+    moved, codes = compiled[: reach - columns], compiled[reach:]
+    assert not torch.equal(moved, given[columns:]) and bool((codes[places] != 0).any()) and not bool(codes[:24].any())
+
+
+@pytest.mark.parametrize("name", ["Q4_0", "Q4_1", "IQ4_NL", "MXFP4", "Q4_K", "Q6_K", "Q2_K", "TQ2_0"])
+@pytest.mark.parametrize("order", ["natural", "blocks", "descending"])
+def test_a_sweep_is_torchs(monkeypatch: pytest.MonkeyPatch, name: str, order: str) -> None:
+    """Where a last bit decides between two scales, all that follows in the row differs, but is no worse."""
+    torch.manual_seed(0)
+    x = torch.randn(1024, 512) * torch.logspace(0, 1, 512)[torch.randperm(512)] @ torch.randn(512, 512)
+    stats = LayerStats.of(x.T @ x / 1024, x.T @ x / 1024, tokens=1024)
+    weight, settings = torch.randn(50, 512), Settings(0.01, 1.0, order)
+
+    def rounded() -> Tensor:
+        return gptq(weight, stats, FORMATS[name], settings).weight.dequantize()
+
+    compiled = rounded()
+    monkeypatch.setattr(native, "diffuse", lambda *_: False)
+    plain = rounded()
+    assert int((compiled != plain).any(1).sum()) <= 12
+    loss, lost = (float(torch.linalg.vecdot((v - weight) @ stats.hessian, v - weight).sum()) for v in (compiled, plain))
+    assert loss == pytest.approx(lost, rel=1e-2)
 
 
 @pytest.mark.parametrize("levels", LEVELS, ids=lambda levels: type(levels).__name__)

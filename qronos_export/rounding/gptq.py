@@ -60,14 +60,14 @@ def diffuse(
     refine codes and scales, where asked to. Rows that `settings.coupled` joins are swept one after another, and the
     loss is computed."""
     importance = normal.hessian.diagonal()
-    dither, note = settings.dither, normal.note
+    dither, note, feedback = settings.dither, normal.note, normal.feedback
 
     def swept(target: Tensor, first: Tensor | None) -> tuple[Tensor, Grid, Tensor]:
         nonlocal dither
         # In descending order no block is met as a whole.
         grid = fmt.fit(target, importance) if settings.order == "descending" else None
         codes, grid, errors = sweep(
-            target, normal.feedback, fmt, importance=importance, order=normal.order, grid=grid, first=first,
+            target, feedback, fmt, importance=importance, order=normal.order, grid=grid, first=first,
             dither=dither,
         )  # fmt: skip
         dither = None if dither is None else dither + 1

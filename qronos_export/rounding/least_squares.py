@@ -45,7 +45,7 @@ class Normal:
     @property
     def feedback(self) -> Tensor:
         """M_ts = U_ts / U_tt, float32."""
-        return (self.upper / self.upper.diagonal()[:, None]).to(torch.float32)
+        return (self.upper / self.upper.diagonal()[:, None]).to(torch.float32).contiguous()
 
     @property
     def damped(self) -> Tensor:

@@ -15,7 +15,7 @@ import math
 import torch
 from torch import Tensor
 
-from formats import BlockFormat, Grid
+from formats import BlockFormat, Grid, native
 from formats.block import reciprocal
 
 STEP = 32  # columns between two lazy updates of everything to the right
@@ -54,7 +54,7 @@ def sweep(
 
     Returns codes [rows, columns] and grid in storage order, and A − q [columns, rows] in sweep order.
     """
-    rows, columns = values.shape
+    columns, feedback = values.shape[1], feedback.contiguous()
     work = (values if order is None else values[:, order]).T.contiguous()
     anchors = None if anchor is None else (anchor if order is None else anchor[:, order]).T.contiguous()
     places = torch.arange(columns, device=work.device) if order is None else order
@@ -81,8 +81,11 @@ def sweep(
             current = ColumnGrid(grids[begin], begin)
             met = {(storage[start] - begin) // current.grid.group}
         assert current is not None
-        for t in range(start, stop):
-            group = (storage[t] - current.begin) // current.grid.group
+        if codes is None:
+            codes = current.new_codes(work)
+        t = start
+        while t < stop:
+            group = current.group(storage[t])
             if grid is None and group not in met:
                 met.add(group)
                 first_column = current.begin + group * current.grid.group
@@ -90,13 +93,14 @@ def sweep(
                 mine = block[own.start - current.begin : own.stop - current.begin]
                 grids[current.begin] = fmt.refit(current.grid, group, work[mine].T, importance[own])
                 current = ColumnGrid(grids[current.begin], current.begin)
-            code, stored = current.round(first if first is not None and t == 0 else work[t], group, dice)
-            if codes is None:
-                codes = torch.empty(columns, rows, dtype=code.dtype, device=code.device)
-            codes[storage[t]] = code
-            torch.sub(work[t] if anchors is None else anchors[t], stored, out=errors[t])
-            if t + 1 < stop:
-                work[t + 1 : stop].addr_(feedback[t, t + 1 : stop], errors[t], alpha=-1)
+            end = t + 1
+            while end < stop and (grid is not None or current.group(storage[end]) in met):
+                end += 1
+            current.diffuse(
+                work[t:stop], errors[t:end], codes, feedback[t:end, t:stop], places[t:end],
+                None if anchors is None else anchors[t:end], first if t == 0 else None, dice,
+            )  # fmt: skip
+            t = end
         if stop < columns:
             work[stop:].addmm_(feedback[start:stop, stop:].T, errors[start:stop], alpha=-1)
     assert codes is not None
@@ -111,6 +115,41 @@ class ColumnGrid:
         self._scale = grid.scale.T.contiguous()
         self._inverse = reciprocal(self._scale)
         self._offset = None if grid.offset is None else grid.offset.T.contiguous()
+
+    def group(self, column: int) -> int:
+        return (column - self.begin) // self.grid.group
+
+    def new_codes(self, work: Tensor) -> Tensor:
+        """Room for the codes of `work` [columns, rows]."""
+        return torch.empty(work.shape, dtype=self.grid.levels.nearest(work.new_empty(0)).dtype, device=work.device)
+
+    def diffuse(
+        self,
+        work: Tensor,
+        errors: Tensor,
+        codes: Tensor,
+        feedback: Tensor,
+        places: Tensor,
+        anchors: Tensor | None,
+        first: Tensor | None,
+        dice: torch.Generator | None,
+    ) -> None:
+        """Round as many columns of `work` [reach, rows] as there are `errors` [columns, rows], one after another, and
+        take `feedback` [columns, reach] times a column's error from all behind it.
+
+        places: int64 [columns], storage columns: those of `codes`.
+        """
+        scales = self._scale, self._inverse, self._offset
+        levels, size = self.grid.levels, self.grid.group
+        if dice is None and native.diffuse(
+            work, errors, codes, feedback, places, self.begin, size, levels, scales, anchors, first
+        ):
+            return
+        for t, place in enumerate(places.tolist()):
+            code, stored = self.round(first if first is not None and t == 0 else work[t], self.group(place), dice)
+            codes[place] = code
+            torch.sub(work[t] if anchors is None else anchors[t], stored, out=errors[t])
+            work[t + 1 :].addr_(feedback[t, t + 1 :], errors[t], alpha=-1)
 
     def round(self, values: Tensor, group: int, dice: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
         """Codes and stored values nearest to a column's `values` [rows], or drawn with `dice`."""

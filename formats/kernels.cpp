@@ -1,6 +1,6 @@
 // What formats/sums.py, scale_search.py and affine_search.py do in torch, in one loop each: for every group of weights
 // x with importance w, [size, groups] float32, groups side by side in vectors. Code q of a weight is the level nearest
-// to (x - offset) * inverse.
+// to (x - offset) * inverse. And `diffuse`, the inner loop of error feedback, rows side by side.
 
 #include <cstring>
 #include <limits>
@@ -53,20 +53,46 @@ template <class V> static V finite_or(V v, V other) { return v - v == V{} ? v : 
 struct Integers {
     float low, high;
     template <class V> V nearest(V v) const { return round(clamp(v, V{} + low, V{} + high)); }
+
+    // Its code as well, into `codes`: as many as V has lanes.
+    template <class V> V nearest(V v, signed char *codes) const {
+        const V level = nearest(v);
+        constexpr int lanes = sizeof(V) / sizeof(float);
+        float levels[lanes];
+        store(levels, level);
+        for (int lane = 0; lane < lanes; lane++) codes[lane] = static_cast<signed char>(static_cast<int>(levels[lane]));
+        return level;
+    }
 };
 
 struct Codebook {
     const float *levels; // by cell of the line, see `cells` of formats/block.py
     float low, high, per_unit;
+    const signed char *codes = nullptr; // by cell as well
+
+    template <class V> V cell(V v) const {
+        v = clamp(v * per_unit, V{} + low, V{} + high);
+        const V below = round(v);
+        return (below < v ? below + 1.0f : below) - low;
+    }
 
     template <class V> V nearest(V v) const {
-        v = clamp(v * per_unit, V{} + low, V{} + high);
-        V cell = round(v);
-        cell = (cell < v ? cell + 1.0f : cell) - low;
         constexpr int lanes = sizeof(V) / sizeof(float);
         float cells[lanes], found[lanes];
-        store(cells, cell);
+        store(cells, cell(v));
         for (int lane = 0; lane < lanes; lane++) found[lane] = levels[static_cast<int>(cells[lane])];
+        return load<V>(found);
+    }
+
+    template <class V> V nearest(V v, signed char *written) const {
+        constexpr int lanes = sizeof(V) / sizeof(float);
+        float cells[lanes], found[lanes];
+        store(cells, cell(v));
+        for (int lane = 0; lane < lanes; lane++) {
+            const int at = static_cast<int>(cells[lane]);
+            found[lane] = levels[at];
+            written[lane] = codes[at];
+        }
         return load<V>(found);
     }
 };
@@ -295,4 +321,41 @@ extern "C" void nearest_integers(long size, long groups, const float *x, const f
         for (long i = group * size; i < (group + 1) * size; i++)
             codes[i] = static_cast<signed char>(static_cast<int>(round(clamp((x[i] - shift) * factor, low, high))));
     }
+}
+
+// ColumnGrid.diffuse of rounding/sweep.py: rounds the first `columns` of `reach` columns `work` [reach, rows] one after
+// another and takes `feedback`[t, s] times what that did wrong from all later ones, s > t.
+//
+// places [columns]:          whose codes [.., rows] and whose group of `size` columns, with scales [groups, rows]
+// anchors [columns, rows]:   what is right instead of `work`; or null
+// first [rows]:              what the first column's codes are chosen by; or null
+extern "C" void diffuse(long columns, long reach, long rows, float *work, const float *anchors, const float *feedback,
+                        long stride, const float *first, const long *places, long begin, long size, const float *scales,
+                        const float *inverses, const float *offsets, const float *table, const signed char *by_cell,
+                        float low, float high, float per_unit, signed char *codes, float *errors) {
+    std::vector<float> tile(reach * sizeof(Lanes) / sizeof(float));
+    auto run = [&](auto levels) {
+        over_groups(rows, [&](auto zero, long row) {
+            using V = decltype(zero);
+            constexpr long lanes = sizeof(V) / sizeof(float);
+            for (long t = 0; t < reach; t++) store(&tile[t * lanes], load<V>(work + t * rows + row));
+            for (long t = 0; t < columns; t++) {
+                const long at = (places[t] - begin) / size * rows + row;
+                const V v = load<V>(&tile[t * lanes]), chosen = first && t == 0 ? load<V>(first + row) : v;
+                const V shift = offsets ? load<V>(offsets + at) : V{};
+                const V level = levels.nearest((chosen - shift) * load<V>(inverses + at), codes + places[t] * rows + row);
+                const V stored = level * load<V>(scales + at) + shift;
+                const V error = (anchors ? load<V>(anchors + t * rows + row) : v) - stored;
+                store(errors + t * rows + row, error);
+                const float *row_of_feedback = feedback + t * stride;
+                for (long s = t + 1; s < reach; s++)
+                    store(&tile[s * lanes], load<V>(&tile[s * lanes]) - row_of_feedback[s] * error);
+            }
+            for (long t = columns; t < reach; t++) store(work + t * rows + row, load<V>(&tile[t * lanes]));
+        });
+    };
+    if (table)
+        run(Codebook{table, low, high, per_unit, by_cell});
+    else
+        run(Integers{low, high});
 }
