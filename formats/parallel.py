@@ -3,8 +3,9 @@ between operations they wait busily."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
@@ -24,13 +25,26 @@ def side_by_side(function: Callable[[Part], Found], parts: Iterable[Part], devic
         with torch.inference_mode(inference), torch.no_grad():
             return function(part)
 
-    if threads == 1 or not parts:
+    if threads == 1 or len(parts) < 2:
         return [alone(part) for part in parts]
     try:
         with ThreadPoolExecutor(min(threads, len(parts)), initializer=torch.set_num_threads, initargs=(1,)) as pool:
             return list(pool.map(alone, parts))
     finally:
         torch.set_num_threads(threads)  # a thread's own setting is also that of threads to come
+
+
+@contextmanager
+def one_thread(device: torch.device) -> Iterator[None]:
+    """For operations on tensors too small to share: torch's threads would wait for them busily, on cores others may
+    need."""
+    threads = torch.get_num_threads()
+    if device.type == "cpu":
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def at_once(device: torch.device) -> int:

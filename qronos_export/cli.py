@@ -486,6 +486,7 @@ def _number(value: float | None, spec: str) -> str:
 def main() -> None:
     """The console entry point: errors of ours become one message and an exit code, others a bug report. Ctrl-C exits
     with 130, SIGTERM with 143, after everything that was begun has been cleared away."""
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: busy waiting on a shared core costs eight times
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     debug = "--debug" in sys.argv[1:]
     if debug:  # wherever it stands

@@ -183,12 +183,13 @@ def test_fits_leave_the_same_error_by_torch(both: Callable, name: str) -> None:
 def test_threads_change_nothing(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     fmt, columns = FORMATS[name], 256
     weights = torch.randn(2 * at_once(torch.device("cpu")) // columns + 3, columns)
-    found = []
+    found, before = [], torch.get_num_threads()
     for threads in (1, 3):
         monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
         with torch.inference_mode():
             blocks = fmt.quantize(weights)
             found.append((blocks, fmt.dequantize(blocks), fmt.fit(weights).scale))
+    torch.set_num_threads(before)
     assert all(torch.equal(one, three) for one, three in zip(*found, strict=True))
 
 

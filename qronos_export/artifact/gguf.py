@@ -225,7 +225,10 @@ class RowIndex:
         alone[:-1] &= keys[1:] != keys[:-1]
         free = torch.ones_like(alone)
         targets: list[Target] = []
-        for tensor, wanted in list(self._hashes.items()):
+        begins = torch.isin(torch.stack([wanted[0] for wanted in self._hashes.values()]), keys) if self._hashes else ()
+        for (tensor, wanted), possible in zip(list(self._hashes.items()), begins, strict=True):
+            if not possible:  # nearly all tensors of a deep model
+                continue
             # Rows that exist once tell whose tensor this is; of rows that exist several times its own go first.
             owners = owner[alone & torch.isin(keys, wanted)].unique()
             place = None

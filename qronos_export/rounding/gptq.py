@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from formats import BlockFormat, Grid, QuantizedWeight
+from formats.parallel import one_thread
 from qronos_export.rounding.coupled import diffuse_rows
 from qronos_export.rounding.least_squares import Normal, SingularError, normal_equations
 from qronos_export.rounding.refine import refined
@@ -81,7 +82,10 @@ def diffuse(
 
     if settings.coupled:
         column = 0 if normal.order is None else int(normal.order[0])
-        blocks, values, singular = diffuse_rows(target, first, column, settings.coupled, settings.damping, round_rows)
+        with one_thread(target.device):
+            blocks, values, singular = diffuse_rows(
+                target, first, column, settings.coupled, settings.damping, round_rows
+            )
         error = target - values
         loss = torch.linalg.vecdot(error @ normal.hessian + normal.damping * error, error)
         if singular:
