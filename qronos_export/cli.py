@@ -29,13 +29,25 @@ from qronos_export.commands.options import (
     CacheVOption,
     ChunksOption,
     ContextOption,
+    DeviceOption,
+    EmbeddingTypeOption,
+    JsonOption,
     LlamaCppOption,
+    MethodOption,
+    MicroBatchOption,
+    ModelArgument,
+    OutputTypeOption,
+    OverrideOption,
+    PureOption,
     RecipeOption,
+    ReplaceOption,
+    SamplesOption,
+    SequenceLengthOption,
     SetOption,
     TextOption,
     cache_types,
     console,
-    override_of,
+    recipe_of,
     setting,
     setting_of,
     table,
@@ -46,7 +58,7 @@ from qronos_export.commands.publish import publish
 from qronos_export.commands.report import report
 from qronos_export.commands.validate import validate
 from qronos_export.errors import QronosError, UsageError
-from qronos_export.recipe import RECIPE_FIELDS, Recipe, load_recipe, recipe_from, shipped
+from qronos_export.recipe import Recipe, load_recipe, recipe_from, shipped
 
 if TYPE_CHECKING:
     from qronos_export.proof import Held
@@ -86,9 +98,7 @@ def root(
 @app.command()
 def quantize(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the files.", metavar="DIR")],
-    model: Annotated[
-        str | None, typer.Argument(help="Folder with config.json and safetensors, hub id, float .gguf, or `demo`.")
-    ] = None,
+    model: ModelArgument = None,
     format: Annotated[
         str | None, setting("format", "Types or mixes by llama.cpp's names, comma separated; a file for each.")
     ] = None,
@@ -103,13 +113,10 @@ def quantize(
     accuracy_level: Annotated[
         int | None, setting("accuracy_level", "How ONNX multiplies: 4 with inputs rounded to int8, 0 in float.")
     ] = None,
-    override: Annotated[
-        list[str] | None,
-        typer.Option(help="Type of the tensors a glob fits; the first that fits counts.", metavar="GLOB=TYPE"),
-    ] = None,
-    output_type: Annotated[str | None, typer.Option(help="Type of the output matrix; otherwise the mix's.")] = None,
-    embedding_type: Annotated[str | None, typer.Option(help="Type of the embedding; otherwise the mix's.")] = None,
-    pure: Annotated[bool | None, typer.Option("--pure", help="One type for all tensors, no mix.")] = None,
+    override: OverrideOption = None,
+    output_type: OutputTypeOption = None,
+    embedding_type: EmbeddingTypeOption = None,
+    pure: PureOption = None,
     transforms: Annotated[
         str | None,
         setting(
@@ -119,12 +126,12 @@ def quantize(
         ),
     ] = None,
     spin_steps: Annotated[int | None, setting("spin_steps", "How often spinquant moves its rotations.")] = None,
-    method: Annotated[str | None, setting("method", "qronos, gptaq, gptq (ldlq), gpfq or rtn.")] = None,
+    method: MethodOption = None,
     calibration: Annotated[
         str | None, setting("calibration", "Text file, hf:NAME[:CONFIG[:SPLIT]], or self: sampled from the model.")
     ] = None,
-    samples: Annotated[int | None, setting("samples", "Calibration sequences.")] = None,
-    sequence_length: Annotated[int | None, setting("sequence_length", "Tokens a sequence.")] = None,
+    samples: SamplesOption = None,
+    sequence_length: SequenceLengthOption = None,
     match_lengths: Annotated[
         str | None,
         typer.Option(
@@ -150,8 +157,8 @@ def quantize(
             help="Round q, k and v by what attention does with their outputs; slower.", show_default="with qronos"
         ),
     ] = None,
-    micro_batch: Annotated[int | None, setting("micro_batch", "Sequences run at a time.")] = None,
-    device: Annotated[str | None, setting("device", "auto, cpu, cuda or cuda:i.")] = None,
+    micro_batch: MicroBatchOption = None,
+    device: DeviceOption = None,
     recipe: RecipeOption = None,
     settings: SetOption = None,
     text: TextOption = None,
@@ -160,7 +167,7 @@ def quantize(
     cache_type_k: CacheKOption = None,
     cache_type_v: CacheVOption = None,
     validate: Annotated[bool, typer.Option("--validate/--no-validate", help="Run llama.cpp on the result.")] = True,
-    force: Annotated[bool, typer.Option("--force", help="Replace results in DIR.")] = False,
+    force: ReplaceOption = False,
     resume: Annotated[
         bool, typer.Option("--resume", help="Keep what is finished in DIR until all is, and go on behind it.")
     ] = False,
@@ -168,11 +175,7 @@ def quantize(
 ) -> None:
     """Quantize MODEL into DIR/<model>-<FORMAT>.gguf, one for each format, and DIR/report.json; ONNX models get folders
     beside them."""
-    given = {name: value for name, value in locals().items() if name in RECIPE_FIELDS and value is not None}
-    given = dict(setting_of(each) for each in settings or []) | given
-    if override:
-        given["overrides"] = dict(override_of(each) for each in override)
-    wanted = load_recipe(recipe, **given) if recipe else recipe_from(given, "The command line")
+    wanted = recipe_of(locals())
 
     from qronos_export.pipeline import follow
     from qronos_export.proof import Held
@@ -257,7 +260,7 @@ def convert(
             help="Folder or hub id with its configuration and tokenizer; else read from FILE.", metavar="MODEL"
         ),
     ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace results in DIR.")] = False,
+    force: ReplaceOption = False,
 ) -> None:
     """Write FILE's own integers and scales as ONNX, into DIR/<its name>-<ARTIFACT>. Nothing is rounded again."""
     from qronos_export.conversion import convert as run_conversion
@@ -300,7 +303,7 @@ def evaluate(
         Path | None, typer.Option(help="YAML files of lm-eval tasks of your own.", metavar="FOLDER")
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:i.")] = "auto",
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Perplexity of MODEL in torch, by llama.cpp's protocol; with a recipe, what becomes of it, without writing a file.
 
