@@ -12,7 +12,6 @@ import shlex
 import signal
 import sys
 import traceback
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -47,9 +46,11 @@ from qronos_export.commands.options import (
     TextOption,
     cache_types,
     console,
+    counted,
     recipe_of,
     setting,
     setting_of,
+    substitute_rows,
     table,
 )
 from qronos_export.commands.options import progress as _progress
@@ -361,7 +362,7 @@ def evaluate(
             rows += [(f"  {metric} of the recipe", shown) for metric, shown in _scored(done.scores[name])]
     rows += [("note", note) for note in notes[:5]]
     if len(notes) > 5:
-        rows.append(("", f"{len(notes) - 5} more notes with --json"))
+        rows.append(("", f"{counted(len(notes) - 5, 'more note')} with --json"))
     table(*rows)
 
 
@@ -461,11 +462,7 @@ def _summary(result: RunReport, folder: Path) -> None:
         if artifact.format in summed:
             continue
         summed.add(artifact.format)
-        instead = Counter((s["wanted"], s["type"]) for s in result.substitutes if s["artifact"] == artifact.format)
-        rows += [
-            ("substitutes", f"{count} tensors are {used}: {wanted}'s blocks do not divide their rows")
-            for (wanted, used), count in instead.items()
-        ]
+        rows += substitute_rows(each for each in result.substitutes if each["artifact"] == artifact.format)
         noted: dict[str, list[str]] = {}
         for layer in sorted(result.layers, key=lambda layer: layer.method == result.recipe["method"]):  # the odd first
             if layer.note and layer.artifact == artifact.format:
@@ -476,7 +473,7 @@ def _summary(result: RunReport, folder: Path) -> None:
         mine = [(names[0] if len(names) == 1 else f"{len(names)} tensors", note) for note, names in noted.items()]
         rows += mine[:5]
         if len(mine) > 5:
-            rows.append(("", f"{len(mine) - 5} more notes in report.json"))
+            rows.append(("", f"{counted(len(mine) - 5, 'more note')} in report.json"))
     rows += [("note", note) for note in result.notes]
     rows.append(("report", f"{folder / 'report.json'}, {result.seconds['total']:.0f} s in all"))
     table(*rows)

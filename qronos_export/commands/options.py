@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -96,6 +97,22 @@ def setting_of(given: str) -> tuple[str, Any]:
     if not (separator and key):
         raise UsageError(f"--set {given} is not KEY=VALUE; write for example --set format=INT4_G128.")
     return key, plain_value(value)
+
+
+def counted(count: int, what: str) -> str:
+    """`1 tensor`, `2 tensors`."""
+    return f"{count} {what}{'' if count == 1 else 's'}"
+
+
+def substitute_rows(substitutes: Iterable[Mapping[str, str]]) -> list[tuple[str, str]]:
+    """Rows of a table: the types of tensors whose `wanted` type's blocks do not divide their rows."""
+    found = Counter((each["wanted"], each["type"]) for each in substitutes)
+    rows = []
+    for (wanted, used), count in found.items():
+        verb, whose = ("is", "its") if count == 1 else ("are", "their")
+        said = f"{counted(count, 'tensor')} {verb} {used}: {wanted}'s blocks do not divide {whose} rows"
+        rows.append(("substitutes", said))
+    return rows
 
 
 def table(*rows: tuple[str, str]) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -24,6 +23,7 @@ from qronos_export.commands.options import (
     SetOption,
     recipe_of,
     setting,
+    substitute_rows,
     table,
 )
 
@@ -78,11 +78,7 @@ def _show(result: Forecast) -> None:
             ("size", f"{file.bytes:,} bytes, {file.bits_per_weight:.3f} bits a weight"),
             ("types", ", ".join(f"{count} {kind}" for kind, count in file.counts.items())),
         ]
-        instead = Counter((each["wanted"], each["type"]) for each in file.substitutes)
-        rows += [
-            ("substitutes", f"{count} tensors are {used}: {wanted}'s blocks do not divide their rows")
-            for (wanted, used), count in instead.items()
-        ]
+        rows += substitute_rows(file.substitutes)
     rows.append(("peak memory", f"{result.peak_memory_bytes / 1e6:,.0f} MB, at: {result.moment}"))
     rows += [(f"  {term}", f"{size / 1e6:,.1f} MB") for term, size in result.memory[result.moment].items()]
     rows += [(f"flops: {what}", f"{count:.3g}") for what, count in result.flops.items() if count]
