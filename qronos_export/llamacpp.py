@@ -169,15 +169,15 @@ class LlamaCpp:
             raise LlamaCppError(f"llama-quantize --dry-run listed no tensors of {source}. {self._hint()}")
         return planned
 
-    def parts(self, file: Path, megabytes: int) -> int:
-        """How many files `split` would write, without writing."""
+    def parts(self, file: Path, megabytes: int) -> list[int]:
+        """Tensors in each of the files that `split` would write, without writing."""
         return log.parts(self._split(file, megabytes, file, "--dry-run"), file)
 
     def split(self, file: Path, megabytes: int, folder: Path) -> list[Path]:
         """`llama-gguf-split`: `file` as <stem>-00001-of-0000N.gguf, … in `folder`, none with more than `megabytes` MB
         of tensors; llama.cpp opens all by the first. Raises LlamaCppError where a tensor is larger than that."""
-        count = log.parts(self._split(file, megabytes, folder / file.stem), file)
-        return [folder / part for part in part_names(file.name, count)]
+        parts = log.parts(self._split(file, megabytes, folder / file.stem), file)
+        return [folder / part for part in part_names(file.name, len(parts))]
 
     def _split(self, file: Path, megabytes: int, stem: Path, *options: str) -> str:
         if not (self.bin_folder / SPLITTER).is_file():

@@ -285,12 +285,14 @@ def vocabulary(text: str, model: Path) -> int:
     return int(tokens[1])
 
 
-def parts(text: str, model: Path) -> int:
-    """How many files llama-gguf-split makes of one, from "n_split: 3"."""
-    found = re.search(r"^n_split: (\d+)$", text, re.MULTILINE)
-    if found is None:
-        raise LlamaCppError(f"llama-gguf-split did not say into how many parts {model} goes.")
-    return int(found[1])
+def parts(text: str, model: Path) -> list[int]:
+    """Tensors in each of the files that llama-gguf-split makes of one, from "n_split: 3" and a line for each,
+    "split 00001: n_tensors = 4, total_size = 1M"."""
+    count = re.search(r"^n_split: (\d+)$", text, re.MULTILINE)
+    found = re.findall(r"^split \d+: n_tensors = (\d+),", text, re.MULTILINE)
+    if count is None or len(found) != int(count[1]):
+        raise LlamaCppError(f"llama-gguf-split did not say into which parts {model} goes.")
+    return [int(each) for each in found]
 
 
 def version(text: str) -> str:
