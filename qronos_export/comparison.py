@@ -87,7 +87,7 @@ def compare(
     """Measure `files`, .gguf or ONNX models, against their float model `original`, in their order.
 
     `find` is asked for llama.cpp where a file needs it; `on_progress` is told chunks done and in all. Raises UsageError
-    for files that are missing or given twice.
+    for files that are missing or given twice, ArtifactError for those that cannot be opened, before any model runs.
     """
     names = _names(files)
     if held.chunks is not None and held.chunks < 2:
@@ -95,6 +95,11 @@ def compare(
     onnx = {file for file in files if file.suffix == ".onnx" or file.is_dir()}
     if onnx:
         check_packages()
+    for file in files:
+        if file in onnx:
+            open_session(file)
+        else:
+            GGUFFile(file)
     with ExitStack() as stack:
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="qronos-export-")))
         text = held_out_file(held, scratch)
