@@ -310,6 +310,30 @@ def test_what_onnxruntime_cannot_run_is_refused_with_its_opset(floats: Opened, t
         Session(tmp_path / "float.onnx")
 
 
+@pytest.mark.parametrize(("declared", "within"), [(21, False), (22, False), (22, True), (23, False)])
+def test_an_operator_of_a_later_opset_is_not_relabelled(floats: Opened, declared: int, within: bool) -> None:
+    """Cos is another since opset 22, RMSNormalization there since 23; we write 21."""
+    floats.model.opset_import[0].version = declared
+    node = make_node("RMSNormalization" if declared == 23 else "Cos", ["y"], ["z"], name="late")
+    if within:
+        branch = make_graph([node], "branch", [], [make_tensor_value_info("z", TensorProto.FLOAT, None)])
+        node = make_node("If", ["ready"], ["z"], then_branch=branch, else_branch=branch)
+    graph = floats.model.graph
+    graph.node.append(node)
+    f32 = FORMATS["F32"]
+    pieces = {
+        "table": [piece(f32, "table", f32.quantize(weights(VOCABULARY)))],
+        "weight": [piece(f32, "weight", f32.quantize(weights(ROWS)))],
+    }
+    written(floats, exact, **pieces)  # nothing needs it
+    graph.output.append(make_tensor_value_info("z", TensorProto.FLOAT, None))
+    if declared == 21:
+        written(floats, exact, **pieces)
+        return
+    with pytest.raises(ArtifactError, match=rf"late of the graph is the \w+ of opset {declared}, .* is of opset 21"):
+        written(floats, exact, **pieces)
+
+
 @pytest.mark.parametrize(("kinds", "says"), [(["F32"], "F32"), (["F32", "F16"], "F16 and F32"), (["BF16"], "BF16")])
 def test_a_float_gguf_is_not_converted(kinds: list[str], says: str, tmp_path: Path) -> None:
     writer = gguf.GGUFWriter(tmp_path / "float.gguf", "llama")
