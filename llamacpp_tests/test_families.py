@@ -19,7 +19,8 @@ from transformers import PreTrainedModel
 
 from formats import FORMATS
 from qronos_export import pipeline
-from qronos_export.artifact.gguf import GGUFFile, RowIndex, Target
+from qronos_export.artifact.gguf import GGUFFile, Target
+from qronos_export.artifact.gguf_rows import RowIndex
 from qronos_export.calibration import block_matrices
 from qronos_export.checkpoint import load_whole, open_checkpoint, opening_token, tokenizer
 from qronos_export.llamacpp import LlamaCpp, logits_bytes

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from qronos_export import pipeline, streams
-from qronos_export.artifact.gguf import GGUFFile, RowIndex
+from qronos_export.artifact.gguf import GGUFFile
+from qronos_export.artifact.gguf_rows import RowIndex
 from qronos_export.calibration import block_matrices
 from qronos_export.checkpoint import LazyModel, open_checkpoint
 from qronos_export.errors import CalibrationError, LlamaCppError, OutputError, UsageError

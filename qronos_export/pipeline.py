@@ -18,7 +18,11 @@ import torch
 
 from qronos_export import corpus, report
 from qronos_export.activations import check_activations
-from qronos_export.artifact import gguf
+from qronos_export.artifact.block_store import BlockStore
+from qronos_export.artifact.gguf import GGUFFile
+from qronos_export.artifact.gguf_rows import RowIndex
+from qronos_export.artifact.gguf_verify import verify_gguf
+from qronos_export.artifact.gguf_write import restate, write_gguf
 from qronos_export.attention import check_attention
 from qronos_export.calibration import Clock
 from qronos_export.checkpoint import Checkpoint, LazyModel, open_checkpoint
@@ -189,7 +193,7 @@ def _run(
             clock.lap("load")
         original, tokens = checkpoint, None
         reference_file = _float_file("float", original, llamacpp, pieces)
-        source = gguf.GGUFFile(reference_file)
+        source = GGUFFile(reference_file)
         result.model, result.notes = model_facts(checkpoint, source)
         mixes = [choose_types(source, name, recipe, llamacpp) for name in paths]  # refuses before anything takes time
         for tensor in dict.fromkeys(tensor for each in mixes for tensor in each.quantized):
@@ -208,7 +212,7 @@ def _run(
             )
             result.notes += notes
             if names:
-                source = gguf.GGUFFile(_float_file("float-transformed", checkpoint, llamacpp, pieces))
+                source = GGUFFile(_float_file("float-transformed", checkpoint, llamacpp, pieces))
                 mixes = [choose_types(source, name, recipe, llamacpp) for name in paths]
                 if graph:
                     shutil.rmtree(folder / "graph")
@@ -221,7 +225,7 @@ def _run(
         needed = 2 * sum(each.bytes(source) for each in outputs) - pieces.taken("blocks", "step-*")
         check_space(folder, needed)
         wanted = dict.fromkeys(name for each in outputs for name in each.mix.quantized)
-        plan = Plan(source, gguf.RowIndex(source, list(wanted)))
+        plan = Plan(source, RowIndex(source, list(wanted)))
         model = LazyModel(checkpoint, device)
         clock.lap("load")
         if tokens is None and recipe.method != "rtn":
@@ -259,8 +263,8 @@ def _run(
             if "gguf" in recipe.artifacts:
                 file = folder / each.path.name
                 facts = file_facts(source, result.recipe, each.mix.name, result.model, result.calibration)
-                gguf.write_gguf(source, each.store, each.mix.file_type, file, facts)
-                bits = gguf.verify_gguf(file, source, each.store).bits_per_weight
+                write_gguf(source, each.store, each.mix.file_type, file, facts)
+                bits = verify_gguf(file, source, each.store).bits_per_weight
                 result.artifacts.append(
                     Artifact(file.name, each.mix.name, file.stat().st_size, bits, report.sha256(file))
                 )
@@ -322,7 +326,7 @@ def _state(artifact: Artifact, file: Path, folder: Path) -> None:
     assert artifact.validation is not None
     check_space(folder, file.stat().st_size)
     stated = folder / file.name
-    gguf.restate(gguf.GGUFFile(file), validation_facts(artifact.validation), stated)
+    restate(GGUFFile(file), validation_facts(artifact.validation), stated)
     artifact.bytes, artifact.sha256 = stated.stat().st_size, report.sha256(stated)
     stated.replace(file)
 
@@ -470,10 +474,8 @@ def follow(ranks: Ranks) -> None:
     """The part in `run` of every process but the first."""
     work: Work = ranks.receive()
     device = ranks.device(pick_device(work.recipe.device))
-    source = gguf.GGUFFile(work.source)
-    plan = Plan(
-        source, gguf.RowIndex(source, list(dict.fromkeys(name for mix in work.mixes for name in mix.quantized)))
-    )
+    source = GGUFFile(work.source)
+    plan = Plan(source, RowIndex(source, list(dict.fromkeys(name for mix in work.mixes for name in mix.quantized))))
     outputs = [Nowhere(mix) for mix in work.mixes]
     model = LazyModel(work.checkpoint, device)
     for _ in calibrate(model, plan, outputs, work.tokens.to(device), work.recipe, Clock(), ranks=ranks):
@@ -558,10 +560,10 @@ class Output:
     """One artifact on its way: its types, its finished blocks, and where it will be."""
 
     mix: Mix
-    store: gguf.BlockStore
+    store: BlockStore
     path: Path
 
-    def bytes(self, source: gguf.GGUFFile) -> int:
+    def bytes(self, source: GGUFFile) -> int:
         """What its tensors will take."""
         formats = {name: self.mix.format(name, tensor.columns) for name, tensor in source.tensors.items()}
         return sum(
@@ -569,7 +571,7 @@ class Output:
             for name, tensor in source.tensors.items()
         )
 
-    def kept(self, source: gguf.GGUFFile, plan: Plan) -> list[dict[str, str]]:
+    def kept(self, source: GGUFFile, plan: Plan) -> list[dict[str, str]]:
         """Tensors of the mix that were not rounded after all, and why."""
         return [
             {
@@ -607,7 +609,7 @@ def matched(recipe: Recipe, checkpoint: Checkpoint) -> Recipe:
     return replace(recipe, samples=samples, sequence_length=length, match_lengths=None)
 
 
-def choose_types(source: gguf.GGUFFile, name: str, recipe: Recipe, llamacpp: LlamaCpp) -> Mix:
+def choose_types(source: GGUFFile, name: str, recipe: Recipe, llamacpp: LlamaCpp) -> Mix:
     """The types of the artifact `name`, as llama-quantize would choose them with the recipe's wishes."""
     carrier, number = FOREIGN if is_foreign(name) else CARRIERS.get(name, (name, None))
     options = [
@@ -625,7 +627,7 @@ def choose_types(source: gguf.GGUFFile, name: str, recipe: Recipe, llamacpp: Lla
     return chosen
 
 
-def wishes(source: gguf.GGUFFile, recipe: Recipe) -> Callable[[str], bool]:
+def wishes(source: GGUFFile, recipe: Recipe) -> Callable[[str], bool]:
     """Whether the recipe itself says what type a tensor gets."""
     embedding, head = "token_embd.weight", "output.weight"
     named = {embedding} if recipe.embedding_type else set()

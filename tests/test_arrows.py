@@ -16,7 +16,7 @@ OUTSIDE = {  # third-party packages, and the only places that may import them
     "safetensors": ("qronos_export/checkpoint/",),
     "tokenizers": ("qronos_export/checkpoint/",),
     "huggingface_hub": ("qronos_export/checkpoint/", "qronos_export/card.py", "qronos_export/publish.py"),
-    "gguf": ("qronos_export/artifact/gguf.py",),
+    "gguf": ("qronos_export/artifact/gguf",),
     "onnx": ("qronos_export/artifact/onnx_", "qronos_export/inspection/onnx_"),
     "onnxruntime": ("qronos_export/artifact/onnx_session.py",),
     "onnxruntime_genai": ("qronos_export/artifact/onnx_builder.py", "qronos_export/artifact/onnx_speed.py"),
