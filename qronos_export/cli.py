@@ -178,7 +178,7 @@ def quantize(
     beside them."""
     wanted = recipe_of(locals())
 
-    from qronos_export.pipeline import follow
+    from qronos_export.followers import follow
     from qronos_export.proof import Held
     from qronos_export.ranks import joined
     from qronos_export.resume import FOLDER
@@ -196,8 +196,9 @@ def _watched(
     recipe: Recipe, output: Path, held: Held | None, llamacpp: Path | None, force: bool, resume: bool, ranks: Ranks
 ) -> tuple[RunReport, Path]:
     """A run with its bar."""
+    from qronos_export.events import Finished, Resumed, Stage, Step
     from qronos_export.llamacpp import find
-    from qronos_export.pipeline import Finished, Resumed, Stage, Step, run
+    from qronos_export.pipeline import run
 
     with _progress() as progress:
         task = progress.add_task("start", total=None, detail="")
@@ -265,7 +266,7 @@ def convert(
 ) -> None:
     """Write FILE's own integers and scales as ONNX, into DIR/<its name>-<ARTIFACT>. Nothing is rounded again."""
     from qronos_export.conversion import convert as run_conversion
-    from qronos_export.pipeline import Stage
+    from qronos_export.events import Stage
 
     layouts = [name.strip().lower() for name in artifact.split(",")]
     rows: list[tuple[str, str]] = []
@@ -321,7 +322,7 @@ def evaluate(
 
     from qronos_export.evaluation import Evaluated
     from qronos_export.evaluation import evaluate as run_evaluation
-    from qronos_export.pipeline import Stage, Step
+    from qronos_export.events import Stage, Step
     from qronos_export.proof import Held
 
     with _progress() as progress:

@@ -22,10 +22,10 @@ from qronos_export.artifact.onnx_builder import check_packages
 from qronos_export.checkpoint import open_checkpoint
 from qronos_export.device import pick_device
 from qronos_export.errors import UsageError
+from qronos_export.events import Stage
 from qronos_export.llamacpp import LlamaCpp
 from qronos_export.onnx_validation import TorchReference, open_session
 from qronos_export.paired import LEVEL, Chunks, Difference, adjusted, difference
-from qronos_export.pipeline import Stage
 from qronos_export.proof import Held, float_file, held_out_file, reference
 from qronos_export.validation import Cache, Validation
 

@@ -11,8 +11,8 @@ from qronos_export.artifact.gguf import GGUFFile
 from qronos_export.artifact.onnx_builder import check_packages
 from qronos_export.checkpoint import open_checkpoint, unpack
 from qronos_export.errors import CheckpointError, UsageError
+from qronos_export.events import Stage
 from qronos_export.onnx_export import float_graph, onnx_folder, write_onnx
-from qronos_export.pipeline import Stage
 from qronos_export.recipe import ACCURACY_LEVELS, ARTIFACTS
 from qronos_export.report import Artifact
 from qronos_export.workspace import check_space, workspace

@@ -22,15 +22,18 @@ from qronos_export.artifact.gguf import GGUFFile, extend, names_of
 from qronos_export.artifact.gguf_write import written_bytes
 from qronos_export.budget import Budget, Job
 from qronos_export.checkpoint import Checkpoint, HollowModel, hollow_folder, open_checkpoint
+from qronos_export.choice import choose_types
 from qronos_export.device import pick_device
 from qronos_export.llamacpp import LlamaCpp
 from qronos_export.memory import give_back, resident_memory
-from qronos_export.pipeline import Output, check_recipe, choose_types, matched, replayable
+from qronos_export.output import Output
 from qronos_export.plan import Mix
+from qronos_export.preconditions import check_recipe
 from qronos_export.proof import float_type
 from qronos_export.provenance import file_facts, model_facts
 from qronos_export.recipe import Recipe
 from qronos_export.rehearsal import Machine, measure
+from qronos_export.resolved import matched, replayable
 from qronos_export.survey import Survey, survey
 from qronos_export.transformed import need_inputs
 from qronos_export.transforms import TRANSFORMS, Goal

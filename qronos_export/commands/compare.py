@@ -45,8 +45,8 @@ def compare(
     from qronos_export.comparison import compare as run_comparison
     from qronos_export.comparison import pairs, sentences
     from qronos_export.comparison_plot import check_plot, draw
+    from qronos_export.events import Stage
     from qronos_export.llamacpp import find
-    from qronos_export.pipeline import Stage
     from qronos_export.proof import Held
 
     if plot is not None:
