@@ -24,8 +24,8 @@ from qronos_export.artifact.gguf_rows import RowIndex
 from qronos_export.calibration import block_matrices
 from qronos_export.checkpoint import load_whole, open_checkpoint, opening_token, tokenizer
 from qronos_export.events import Finished
-from qronos_export.llamacpp import LlamaCpp, logits_bytes
-from qronos_export.llamacpp_log import Perplexity
+from qronos_export.llamacpp import LlamaCpp
+from qronos_export.llamacpp_log import Perplexity, logits_bytes
 from qronos_export.recipe import Recipe, recipe_from
 from qronos_export.report import RunReport
 from tests.families import FAMILIES, make

@@ -197,7 +197,7 @@ def _watched(
 ) -> tuple[RunReport, Path]:
     """A run with its bar."""
     from qronos_export.events import Finished, Resumed, Stage, Step
-    from qronos_export.llamacpp import find
+    from qronos_export.llamacpp_find import find
     from qronos_export.pipeline import run
 
     with _progress() as progress:
@@ -435,7 +435,7 @@ def llamacpp_install() -> None:
 @llamacpp_app.command("where")
 def llamacpp_where(llamacpp: LlamaCppOption = None) -> None:
     """Print the tools that would be used, their version, and why these."""
-    from qronos_export.llamacpp import find
+    from qronos_export.llamacpp_find import find
 
     found = find(llamacpp)
     table(

@@ -228,6 +228,17 @@ def rates(text: str, file: Path) -> tuple[list[float], list[float]]:
     return found[False], found[True]
 
 
+def logits_bytes(vocabulary: int, context: int, chunks: int) -> int:
+    """Size of the file `--kl-divergence-base` writes, to the byte.
+
+    8 bytes "_logits_" | u32 context, vocabulary, chunks | i32 token[chunks·context]
+    then for each scored token, of which a chunk has context − 1 − ⌊context/2⌋:
+    f32 scale, f32 minimum | u16 log-probability[vocabulary, rounded up to even]
+    """
+    scored = chunks * (context - 1 - context // 2)
+    return 8 + 3 * 4 + 4 * chunks * context + scored * (2 * 4 + 2 * (vocabulary + vocabulary % 2))
+
+
 def logits_context(logits: Path) -> int:
     """Tokens a chunk in a `--kl-divergence-base` file."""
     with logits.open("rb") as file:

@@ -35,11 +35,11 @@ LEAVES = {"errors", "cache", "device", "memory", "statistics", "process", "paire
 INSIDE = {  # a module of qronos_export, and what else of qronos_export it may import
     "cli": {
         "commands", "conversion", "evaluation", "events", "followers", "pipeline", "recipe", "report", "resume",
-        "llamacpp", "llamacpp_build", "proof", "ranks", "",
+        "llamacpp_build", "llamacpp_find", "proof", "ranks", "",
     },
     "commands": {
-        "card", "comparison", "comparison_plot", "events", "forecast", "gate", "gate_report", "inspection", "llamacpp",
-        "page", "proof", "publish", "recipe", "results", "runs", "validation", "worst",
+        "card", "comparison", "comparison_plot", "events", "forecast", "gate", "gate_report", "inspection",
+        "llamacpp_find", "page", "proof", "publish", "recipe", "results", "runs", "validation", "worst",
     },
     "comparison": {"artifact", "checkpoint", "events", "llamacpp", "onnx_validation", "proof", "validation"},
     "comparison_plot": {"comparison"},
@@ -88,7 +88,7 @@ INSIDE = {  # a module of qronos_export, and what else of qronos_export it may i
     "figures": {"report", "runs"},
     "runs": {"artifact", "report", "typed_json", "validation"},
     "worst": {"checkpoint", "llamacpp", "log_probabilities", "proof", "validation"},
-    "log_probabilities": {"llamacpp"},
+    "log_probabilities": {"llamacpp_log"},
     "workspace": {"checkpoint", "recipe"},
     "inspection": {"artifact"},
     "layers": {"artifact", "attention", "calibration", "plan", "ranks", "report", "rounding"},
@@ -104,8 +104,9 @@ INSIDE = {  # a module of qronos_export, and what else of qronos_export it may i
     "corpus": {"checkpoint"},
     "tasks": set(),
     "validation": {"llamacpp"},
-    "llamacpp": {"llamacpp_log", "llamacpp_build"},
-    "llamacpp_build": {"llamacpp"},
+    "llamacpp": {"llamacpp_log"},
+    "llamacpp_find": {"llamacpp", "llamacpp_log"},
+    "llamacpp_build": {"llamacpp", "llamacpp_find"},
     "llamacpp_log": set(), "suspended": set(), "recipe": set(), "report": {"typed_json"}, "typed_json": set(),
     "artifact": set(), "checkpoint": set(), "rounding": set(),
 }  # fmt: skip

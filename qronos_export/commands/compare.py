@@ -46,7 +46,7 @@ def compare(
     from qronos_export.comparison import pairs, sentences
     from qronos_export.comparison_plot import check_plot, draw
     from qronos_export.events import Stage
-    from qronos_export.llamacpp import find
+    from qronos_export.llamacpp_find import find
     from qronos_export.proof import Held
 
     if plot is not None:

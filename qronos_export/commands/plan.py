@@ -61,7 +61,7 @@ def plan(
     wanted = recipe_of(locals())
 
     from qronos_export.forecast import forecast
-    from qronos_export.llamacpp import find
+    from qronos_export.llamacpp_find import find
 
     result = forecast(wanted, find(llamacpp))
     if as_json:

@@ -39,7 +39,7 @@ def publish(
     `hf auth login` or HF_TOKEN. Run again after an interruption, it goes on where it stopped.
     """
     from qronos_export.gate import load_gates
-    from qronos_export.llamacpp import find
+    from qronos_export.llamacpp_find import find
     from qronos_export.publish import megabytes
     from qronos_export.publish import publish as run
     from qronos_export.results import open_results

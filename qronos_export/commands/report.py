@@ -46,7 +46,7 @@ def report(
     from rich.console import Console
     from rich.progress import Progress
 
-    from qronos_export.llamacpp import find
+    from qronos_export.llamacpp_find import find
     from qronos_export.page import write_page
     from qronos_export.proof import Held
     from qronos_export.runs import compare, read_baselines, read_runs

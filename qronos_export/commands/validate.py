@@ -52,7 +52,7 @@ def validate(
     from qronos_export import gate_report
     from qronos_export.errors import GateError, QronosError, UsageError
     from qronos_export.gate import load_gates
-    from qronos_export.llamacpp import find
+    from qronos_export.llamacpp_find import find
     from qronos_export.proof import Held, prove, prove_onnx
 
     gates = load_gates(gate, baseline, max_kld=max_kld, max_ppl_increase=max_ppl_increase)
