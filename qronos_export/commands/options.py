@@ -59,8 +59,6 @@ SetOption = Annotated[
     list[str] | None,
     typer.Option("--set", help="Anything of the recipe; wins over its file.", metavar="KEY=VALUE"),
 ]
-
-
 OverrideOption = Annotated[
     list[str] | None,
     typer.Option(help="Type of the tensors a glob fits; the first that fits counts.", metavar="GLOB=TYPE"),
