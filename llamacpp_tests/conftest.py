@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from qronos_export.llamacpp import LlamaCpp, find
+from qronos_export.llamacpp import LlamaCpp
+from qronos_export.llamacpp_find import find
 
 
 @pytest.fixture(scope="session")

@@ -22,9 +22,11 @@ from typer.testing import CliRunner, Result
 from qronos_export import pipeline
 from qronos_export.checkpoint import load_whole, open_checkpoint
 from qronos_export.cli import app
+from qronos_export.comparison import compare
 from qronos_export.corpus import held_out_tokens
-from qronos_export.errors import GateError, LlamaCppError, UsageError
+from qronos_export.errors import ArtifactError, GateError, LlamaCppError, UsageError
 from qronos_export.llamacpp import BENCH, TOOLS, LlamaCpp
+from qronos_export.proof import Held
 from qronos_export.recipe import Recipe
 from qronos_export.validation import Reference
 from tests.families import make
@@ -135,6 +137,23 @@ def test_compare_refuses(files: dict[str, Path], original: Path, llamacpp: Llama
         LlamaCppError, match=rf"measured by {BENCH}, which .* lacks. Run `qronos-export llamacpp install`"
     ):
         without.rates(file, prompt=8, new=8, rounds=2)
+
+
+def test_files_that_cannot_be_opened_are_found_before_any_model_runs(files: dict[str, Path], tmp_path: Path) -> None:
+    (text := tmp_path / "text.gguf").write_text("no model")
+    (part := tmp_path / "part.gguf").write_bytes(files["Q4_0.gguf"].read_bytes()[:-100])
+    (empty := tmp_path / "empty").mkdir()
+    (short := tmp_path / "short.onnx").write_bytes(b"\x00no model")
+    good = [files["Q4_0.gguf"], files["Q8_0-onnx"]]
+    for bad, kind, says in (
+        (text, ArtifactError, "text.gguf is not a readable GGUF file"),
+        (part, ArtifactError, "it is truncated"),
+        (empty, UsageError, "empty is no ONNX model"),
+        (short, ArtifactError, "short.onnx cannot be read as ONNX"),
+    ):
+        events = compare([*good, bad], "absent", Held(None, 64, 4), find=lambda: pytest.fail("llama.cpp was asked for"))
+        with pytest.raises(kind, match=says):
+            next(events)
 
 
 def test_a_gate_with_a_baseline(files: dict[str, Path], original: Path, english: Path, tmp_path: Path) -> None:

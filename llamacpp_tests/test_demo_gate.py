@@ -12,6 +12,7 @@ from pathlib import Path
 from qronos_export import pipeline
 from qronos_export.checkpoint import open_checkpoint, tokenizer
 from qronos_export.corpus import held_out_text
+from qronos_export.events import Finished
 from qronos_export.gate import load_gates
 from qronos_export.llamacpp import LlamaCpp
 from qronos_export.proof import float_file
@@ -41,7 +42,7 @@ def test_ours_keeps_its_distance_to_an_imatrix(llamacpp: LlamaCpp, tmp_path: Pat
         attention_aware=False, transforms="none", device="cpu",
     )  # fmt: skip
     *_, done = pipeline.run(recipe, tmp_path / "ours", llamacpp=tools, held=None)
-    assert isinstance(done, pipeline.Finished)
+    assert isinstance(done, Finished)
     ours = tmp_path / "ours" / done.report.artifacts[0].path
     assert abs(ours.stat().st_size - theirs.stat().st_size) < 4096  # but for a few keys
 

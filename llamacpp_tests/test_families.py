@@ -19,11 +19,13 @@ from transformers import PreTrainedModel
 
 from formats import FORMATS
 from qronos_export import pipeline
-from qronos_export.artifact.gguf import GGUFFile, RowIndex, Target
+from qronos_export.artifact.gguf import GGUFFile, Target
+from qronos_export.artifact.gguf_rows import RowIndex
 from qronos_export.calibration import block_matrices
 from qronos_export.checkpoint import load_whole, open_checkpoint, opening_token, tokenizer
-from qronos_export.llamacpp import LlamaCpp, logits_bytes
-from qronos_export.llamacpp_log import Perplexity
+from qronos_export.events import Finished
+from qronos_export.llamacpp import LlamaCpp
+from qronos_export.llamacpp_log import Perplexity, logits_bytes
 from qronos_export.recipe import Recipe, recipe_from
 from qronos_export.report import RunReport
 from tests.families import FAMILIES, make
@@ -83,7 +85,7 @@ class Keeping(LlamaCpp):
 
 def run(recipe: Recipe, output: Path, llamacpp: LlamaCpp) -> tuple[RunReport, Path]:
     *_, finished = pipeline.run(recipe, output, llamacpp=llamacpp, held=None)
-    assert isinstance(finished, pipeline.Finished)
+    assert isinstance(finished, Finished)
     (artifact,) = finished.report.artifacts
     assert sorted(path.name for path in output.iterdir()) == sorted([artifact.path, "report.json"])
     return finished.report, output / artifact.path

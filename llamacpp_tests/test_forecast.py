@@ -13,6 +13,7 @@ import pytest
 from qronos_export import pipeline
 from qronos_export.artifact.gguf import GGUFFile
 from qronos_export.errors import CheckpointError, QronosError, UsageError
+from qronos_export.events import Finished
 from qronos_export.forecast import forecast
 from qronos_export.llamacpp import LlamaCpp
 from qronos_export.recipe import Recipe
@@ -37,7 +38,7 @@ def test_types_and_sizes_are_what_is_written(
     recipe = Recipe(str(folder), "Q4_0,Q4_K_M", calibration=str(english), **options)
     said = forecast(recipe, llamacpp)
     *_, finished = pipeline.run(recipe, tmp_path / "out", llamacpp=llamacpp, held=None)
-    assert isinstance(finished, pipeline.Finished)
+    assert isinstance(finished, Finished)
     for file, artifact in zip(said.files, finished.report.artifacts, strict=True):
         written = GGUFFile(tmp_path / "out" / artifact.path)
         assert file.name == artifact.path

@@ -14,9 +14,10 @@ from typing import Any
 import pytest
 
 from qronos_export.errors import CalibrationError, CheckpointError, LlamaCppError, OutputError, QronosError, UsageError
-from qronos_export.llamacpp import PINNED, TOOLS, VARIABLE, LlamaCpp, find, logits_bytes
+from qronos_export.llamacpp import PINNED, TOOLS, VARIABLE, LlamaCpp
 from qronos_export.llamacpp_build import install
-from qronos_export.llamacpp_log import divergence, planned_types
+from qronos_export.llamacpp_find import find
+from qronos_export.llamacpp_log import divergence, logits_bytes, planned_types
 from qronos_export.process import run
 
 

@@ -11,6 +11,7 @@ import torch
 from qronos_export import pipeline
 from qronos_export.artifact.gguf import GGUFFile
 from qronos_export.errors import PlanError, UsageError
+from qronos_export.events import Finished
 from qronos_export.llamacpp import LlamaCpp
 from qronos_export.plan import CARRIERS
 from qronos_export.recipe import Recipe
@@ -39,7 +40,7 @@ def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
 def run(recipe: Recipe, output: Path, llamacpp: LlamaCpp) -> tuple[RunReport, dict[str, GGUFFile]]:
     """The report, and each file by its format."""
     *_, finished = pipeline.run(recipe, output, llamacpp=llamacpp, held=None)
-    assert isinstance(finished, pipeline.Finished)
+    assert isinstance(finished, Finished)
     return finished.report, {a.format: GGUFFile(output / a.path) for a in finished.report.artifacts}
 
 

@@ -33,6 +33,7 @@ from qronos_export.cli import app
 from qronos_export.conversion import convert
 from qronos_export.corpus import held_out_text, held_out_tokens
 from qronos_export.errors import ArtifactError, CheckpointError, GateError, UsageError
+from qronos_export.events import Finished
 from qronos_export.llamacpp import LlamaCpp
 from qronos_export.onnx_export import float_graph
 from qronos_export.onnx_validation import TorchReference, open_session
@@ -380,7 +381,7 @@ def test_smollm2_in_all_runtimes(llamacpp: LlamaCpp, english: Path, tmp_path: Pa
     """In floats as in torch, on a text and greedily; with inputs of eight bits, llama.cpp's perplexity."""
     recipe = Recipe("demo", "Q4_0", artifact="gguf,onnx", accuracy_level=0, method="rtn")
     *_, finished = pipeline.run(recipe, tmp_path, llamacpp=llamacpp, held=None)
-    assert isinstance(finished, pipeline.Finished)
+    assert isinstance(finished, Finished)
     gguf, folder = (tmp_path / artifact.path for artifact in finished.report.artifacts)
     unpack(gguf, tmp_path / "values", open_checkpoint("demo").folder)
     checkpoint = open_checkpoint(str(tmp_path / "values"))

@@ -11,11 +11,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import gguf
 import numpy as np
 import pytest
 from huggingface_hub import ModelCard, constants
 
 from qronos_export.artifact.gguf import GGUFFile
+from qronos_export.artifact.gguf_parts import part_bytes
 from qronos_export.cli import main
 from qronos_export.llamacpp import LlamaCpp
 from qronos_export.report import sha256
@@ -235,9 +237,13 @@ def test_a_dry_run_sends_nothing(results: Path, server: Hub, run: Run, monkeypat
 def test_large_files_go_in_parts_that_llamacpp_opens(
     results: Path, server: Hub, run: Run, llamacpp: LlamaCpp, english: Path, tmp_path: Path
 ) -> None:
-    code, _, err = run("publish", results, REPOSITORY, "--split-size", "1M")
+    code, planned, err = run("publish", results, REPOSITORY, "--split-size", "1M", "--dry-run")
     assert code == 0, err
+    code, sent, err = run("publish", results, REPOSITORY, "--split-size", "1M")
+    assert code == 0 and sent.splitlines()[:-1] == planned.splitlines()[:-1], err
     files = server.branches[REPOSITORY]["main"]
+    listed = {name: int(size.replace(",", "")) for size, name in map(str.split, planned.splitlines()[:-1])}
+    assert listed == {name: len(files[name]) for name in listed}
     parts = sorted(name for name in files if name.startswith("tiny-Q8_0-"))
     assert len(parts) >= 3 and parts[0] == f"tiny-Q8_0-00001-of-{len(parts):05}.gguf" and "tiny-Q8_0.gguf" not in files
     assert all(len(files[name]) < 1_300_000 for name in parts)  # tensors of 1 MB, in the first the tokenizer, too
@@ -252,6 +258,23 @@ def test_large_files_go_in_parts_that_llamacpp_opens(
     assert all(np.array_equal(stored[name].bytes(name), whole.bytes(name)) for name in whole.tensors)
     code, _, err = run("publish", results, REPOSITORY, "--split-size", "1K")
     assert code == 2 and "--split-size is '1K'" in err
+
+
+def test_sizes_of_parts_are_known_before_they_are_written(llamacpp: LlamaCpp, tmp_path: Path) -> None:
+    writer = gguf.GGUFWriter(tmp_path / "odd.gguf", "llama")
+    writer.add_token_list(["a", "é", ""])
+    writer.add_array("odd.numbers", [1.5, 2.5])
+    for name, shape in {"row": (1, 3), "größe": (2, 1, 300_001), "one": (1,), "flat": (1, 1, 290_003)}.items():
+        writer.add_tensor(name, np.ones(shape, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    file = GGUFFile(tmp_path / "odd.gguf")
+    counts = llamacpp.parts(file.path, 3)
+    assert counts == [3, 1]
+    written = llamacpp.split(file.path, 3, tmp_path)
+    assert part_bytes(file, counts) == [part.stat().st_size for part in written]
 
 
 def test_without_the_splitter_it_says_so(

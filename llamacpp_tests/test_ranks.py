@@ -16,7 +16,7 @@ import torch
 from qronos_export.artifact.gguf import GGUFFile
 from qronos_export.errors import UsageError
 from qronos_export.llamacpp import LlamaCpp
-from qronos_export.pipeline import check_ranks
+from qronos_export.preconditions import check_ranks
 from qronos_export.ranks import Ranks
 from qronos_export.recipe import Recipe
 from tests.families import make

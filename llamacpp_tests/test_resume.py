@@ -26,8 +26,9 @@ import pytest
 import torch
 
 from qronos_export.errors import CheckpointError, OutOfMemoryError, OutputError
+from qronos_export.events import Finished, Resumed, Stage, Step
 from qronos_export.llamacpp import LlamaCpp
-from qronos_export.pipeline import Finished, Resumed, Stage, Step, run
+from qronos_export.pipeline import run
 from qronos_export.recipe import Recipe
 from qronos_export.report import sha256
 from qronos_export.resume import FOLDER

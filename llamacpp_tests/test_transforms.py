@@ -9,9 +9,10 @@ import pytest
 import torch
 from gguf import GGUFReader
 
-from qronos_export import pipeline
+from qronos_export import folding, pipeline
 from qronos_export.checkpoint import open_checkpoint
 from qronos_export.errors import TransformError
+from qronos_export.events import Finished
 from qronos_export.llamacpp import LlamaCpp
 from qronos_export.proof import Held
 from qronos_export.recipe import TRANSFORMS, Recipe, recipe_from
@@ -48,7 +49,7 @@ def test_files_are_held_against_the_original(method: str, llamacpp: LlamaCpp, en
     )  # fmt: skip
     held = Held(english, context=64, chunks=8)
     *_, finished = pipeline.run(recipe, tmp_path / "out", llamacpp=llamacpp, held=held)
-    assert isinstance(finished, pipeline.Finished)
+    assert isinstance(finished, Finished)
     (artifact,) = finished.report.artifacts
     assert artifact.validation is not None
     plain = llamacpp.convert(Path(recipe.model), tmp_path / "plain.gguf", "f32")
@@ -59,7 +60,7 @@ def test_files_are_held_against_the_original(method: str, llamacpp: LlamaCpp, en
     assert (finished.report.calibration is None) == (method == "rtn")
     again = recipe_from(finished.report.to_json()["recipe"], "report.json")
     *_, repeated = pipeline.run(replace(again), tmp_path / "again", llamacpp=llamacpp, held=held)
-    assert isinstance(repeated, pipeline.Finished)
+    assert isinstance(repeated, Finished)
     assert repeated.report.artifacts[0].sha256 == artifact.sha256
 
 
@@ -71,9 +72,9 @@ def test_columns_are_equalized_unless_told_otherwise(
         str(make("llama", tmp_path / "tiny")), "Q4_0", calibration=str(english), samples=8, sequence_length=64
     )
 
-    def finish(recipe: Recipe, folder: str) -> pipeline.Finished:
+    def finish(recipe: Recipe, folder: str) -> Finished:
         *_, finished = pipeline.run(recipe, tmp_path / folder, llamacpp=llamacpp, held=None)
-        assert isinstance(finished, pipeline.Finished)
+        assert isinstance(finished, Finished)
         return finished
 
     default, asked, without = (
@@ -93,7 +94,7 @@ def test_columns_are_equalized_unless_told_otherwise(
     def refuse(*_: object, **__: object) -> None:
         raise TransformError("equalize does not fit tiny: it is odd.")
 
-    monkeypatch.setattr(pipeline, "transformed", refuse)
+    monkeypatch.setattr(folding, "transformed", refuse)
     refused = finish(recipe, "refused").report
     assert (refused.recipe["transforms"], refused.notes) == ("none", ["equalize does not fit tiny: it is odd."])
     assert refused.artifacts[0].sha256 == without.artifacts[0].sha256
@@ -115,7 +116,7 @@ def test_whatever_a_model_is_stored_as(
     recipe = Recipe(str(model), "Q8_0,Q4_0", calibration=str(english), samples=8, sequence_length=64, device="cpu")
     held = Held(english, context=64, chunks=8)
     *_, finished = pipeline.run(recipe, tmp_path / "out", llamacpp=llamacpp, held=held)
-    assert isinstance(finished, pipeline.Finished)
+    assert isinstance(finished, Finished)
     assert (finished.report.recipe["transforms"], finished.report.notes) == ("equalize", [])
     fine, coarse = (artifact.validation["kl_divergence"] for artifact in finished.report.artifacts)
     assert 0 < fine < (0.05 if source == "experts" else 0.02) and fine < coarse  # experts: tokens routed elsewhere

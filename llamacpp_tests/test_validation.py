@@ -10,11 +10,13 @@ from typing import Any
 import pytest
 
 from qronos_export import pipeline, streams
-from qronos_export.artifact.gguf import GGUFFile, RowIndex
+from qronos_export.artifact.gguf import GGUFFile
+from qronos_export.artifact.gguf_rows import RowIndex
 from qronos_export.calibration import block_matrices
 from qronos_export.checkpoint import LazyModel, open_checkpoint
 from qronos_export.errors import CalibrationError, LlamaCppError, OutputError, UsageError
 from qronos_export.evaluation import Evaluated, evaluate
+from qronos_export.events import Finished
 from qronos_export.llamacpp import LlamaCpp
 from qronos_export.plan import Plan
 from qronos_export.proof import Held
@@ -179,7 +181,7 @@ def test_a_recipes_cache_is_measured_with(llamacpp: LlamaCpp, english: Path, tmp
     def artifact(name: str, given: dict[str, str] | None, **changes: Any) -> Artifact:
         held = None if given is None else Held(english, 64, 4, given)
         *_, done = pipeline.run(replace(recipe, **changes), tmp_path / name, llamacpp=llamacpp, held=held)
-        assert isinstance(done, pipeline.Finished)
+        assert isinstance(done, Finished)
         return done.report.artifacts[0]
 
     def tensors(name: str, file: Artifact) -> dict[str, bytes]:
@@ -201,7 +203,7 @@ def test_torch_rounds_inputs_as_llamacpp_does(llamacpp: LlamaCpp, english: Path,
         embedding_type="F32", output_type="F32",
     )  # fmt: skip
     *_, done = pipeline.run(recipe, tmp_path / "out", llamacpp=llamacpp, held=Held(english, 64, 16))
-    assert isinstance(done, pipeline.Finished)
+    assert isinstance(done, Finished)
     (artifact,) = done.report.artifacts
     assert artifact.validation is not None
 

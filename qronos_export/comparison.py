@@ -22,10 +22,10 @@ from qronos_export.artifact.onnx_builder import check_packages
 from qronos_export.checkpoint import open_checkpoint
 from qronos_export.device import pick_device
 from qronos_export.errors import UsageError
+from qronos_export.events import Stage
 from qronos_export.llamacpp import LlamaCpp
 from qronos_export.onnx_validation import TorchReference, open_session
 from qronos_export.paired import LEVEL, Chunks, Difference, adjusted, difference
-from qronos_export.pipeline import Stage
 from qronos_export.proof import Held, float_file, held_out_file, reference
 from qronos_export.validation import Cache, Validation
 
@@ -87,7 +87,7 @@ def compare(
     """Measure `files`, .gguf or ONNX models, against their float model `original`, in their order.
 
     `find` is asked for llama.cpp where a file needs it; `on_progress` is told chunks done and in all. Raises UsageError
-    for files that are missing or given twice.
+    for files that are missing or given twice, ArtifactError for those that cannot be opened, before any model runs.
     """
     names = _names(files)
     if held.chunks is not None and held.chunks < 2:
@@ -95,6 +95,11 @@ def compare(
     onnx = {file for file in files if file.suffix == ".onnx" or file.is_dir()}
     if onnx:
         check_packages()
+    for file in files:
+        if file in onnx:
+            open_session(file)
+        else:
+            GGUFFile(file)
     with ExitStack() as stack:
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="qronos-export-")))
         text = held_out_file(held, scratch)

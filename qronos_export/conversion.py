@@ -11,8 +11,8 @@ from qronos_export.artifact.gguf import GGUFFile
 from qronos_export.artifact.onnx_builder import check_packages
 from qronos_export.checkpoint import open_checkpoint, unpack
 from qronos_export.errors import CheckpointError, UsageError
+from qronos_export.events import Stage
 from qronos_export.onnx_export import float_graph, onnx_folder, write_onnx
-from qronos_export.pipeline import Stage
 from qronos_export.recipe import ACCURACY_LEVELS, ARTIFACTS
 from qronos_export.report import Artifact
 from qronos_export.workspace import check_space, workspace
@@ -82,7 +82,7 @@ def convert(
 
 
 def _check(source: GGUFFile) -> None:
-    """Raises UsageError for tensors we cannot read."""
+    """Raises UsageError for tensors we cannot read, and where none is quantized."""
     for name, tensor in source.tensors.items():
         if tensor.type not in FORMATS:
             raise UsageError(f"{name} of {source.path} is {tensor.type}, which has no exact form in ONNX.")
@@ -91,6 +91,13 @@ def _check(source: GGUFFile) -> None:
                 f"{source.path} keeps {name} beside its blocks, which transformers does not read; "
                 "have `quantize --artifact onnx` write both."
             )
+    kinds = sorted({tensor.type for tensor in source.tensors.values()})
+    if all(FORMATS[kind].is_float for kind in kinds):
+        held = f"{' and '.join(kinds)} alone" if kinds else "no tensors"
+        raise UsageError(
+            f"{source.path} is not quantized: it holds {held}. Give a quantized file, or have "
+            f"`quantize {source.path} --artifact onnx` quantize this one."
+        )
 
 
 _READ = (

@@ -31,13 +31,15 @@ from qronos_export.checkpoint import LazyModel, load_whole, open_checkpoint, rou
 from qronos_export.corpus import calibration_tokens, held_out_tokens
 from qronos_export.device import pick_device
 from qronos_export.errors import OutputError, UsageError
+from qronos_export.events import Event, Stage, Step
+from qronos_export.folding import fold
 from qronos_export.layers import Store
 from qronos_export.memory import give_back
 from qronos_export.online import Online, online_model
-from qronos_export.pipeline import Event, Stage, Step, fold, matched
 from qronos_export.plan import Mix
 from qronos_export.proof import Held, held_out_file
 from qronos_export.recipe import Recipe
+from qronos_export.resolved import matched
 from qronos_export.streams import Passengers, calibrate, rounded_cache
 from qronos_export.suspended import Block
 from qronos_export.tasks import Scores, Suite

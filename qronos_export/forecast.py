@@ -18,18 +18,22 @@ from typing import Any
 import torch
 
 from formats import BlockFormat
-from qronos_export.artifact import gguf
+from qronos_export.artifact.gguf import GGUFFile, extend, names_of
+from qronos_export.artifact.gguf_write import written_bytes
 from qronos_export.budget import Budget, Job
 from qronos_export.checkpoint import Checkpoint, HollowModel, hollow_folder, open_checkpoint
+from qronos_export.choice import choose_types
 from qronos_export.device import pick_device
 from qronos_export.llamacpp import LlamaCpp
 from qronos_export.memory import give_back, resident_memory
-from qronos_export.pipeline import Output, check_recipe, choose_types, matched, replayable
+from qronos_export.output import Output
 from qronos_export.plan import Mix
+from qronos_export.preconditions import check_recipe
 from qronos_export.proof import float_type
 from qronos_export.provenance import file_facts, model_facts
 from qronos_export.recipe import Recipe
 from qronos_export.rehearsal import Machine, measure
+from qronos_export.resolved import matched, replayable
 from qronos_export.survey import Survey, survey
 from qronos_export.transformed import need_inputs
 from qronos_export.transforms import TRANSFORMS, Goal
@@ -123,20 +127,20 @@ def forecast(recipe: Recipe, llamacpp: LlamaCpp) -> Forecast:
         )
 
 
-def _hollow_file(checkpoint: Checkpoint, recipe: Recipe, llamacpp: LlamaCpp, folder: Path) -> gguf.GGUFFile:
+def _hollow_file(checkpoint: Checkpoint, recipe: Recipe, llamacpp: LlamaCpp, folder: Path) -> GGUFFile:
     """The float file whose tensors will be quantized, with a hole for the weights."""
     names = recipe.transform_names
     if not names and checkpoint.float_gguf is not None:
-        return gguf.GGUFFile(checkpoint.float_gguf)
+        return GGUFFile(checkpoint.float_gguf)
     untied = any(TRANSFORMS[name](Goal("Q4_0", 0)).unties for name in names)
     hollow = hollow_folder(checkpoint, folder / "hollow", transformed=bool(names), untied=untied)
     path = folder / f"{checkpoint.name}-float.gguf"
     llamacpp.convert_header(hollow, path, "f32" if names else float_type(checkpoint))
-    return gguf.extend(path, 4 * float_bytes(checkpoint))
+    return extend(path, 4 * float_bytes(checkpoint))
 
 
 def _file(
-    checkpoint: Checkpoint, source: gguf.GGUFFile, mix: Mix, scratch: Path, recipe: Recipe, device: torch.device
+    checkpoint: Checkpoint, source: GGUFFile, mix: Mix, scratch: Path, recipe: Recipe, device: torch.device
 ) -> File:
     facts = file_facts(
         source,
@@ -152,14 +156,14 @@ def _file(
     return File(
         f"{checkpoint.name}-{mix.name}.gguf",
         mix.name,
-        gguf.written_bytes(source, formats, mix.file_type, scratch, facts),
+        written_bytes(source, formats, mix.file_type, scratch, facts),
         8 * Output(mix, None, scratch).bytes(source) / weights,  # type: ignore[arg-type]  # nothing is stored
         dict(mix.types),
         [{"tensor": name, "wanted": wanted, "type": mix.types[name]} for name, wanted in mix.substitutes.items()],
     )
 
 
-def _formats(source: gguf.GGUFFile, mix: Mix) -> dict[str, BlockFormat]:
+def _formats(source: GGUFFile, mix: Mix) -> dict[str, BlockFormat]:
     found = {name: mix.format(name, source.tensors[name].columns) for name in mix.quantized}
     return {name: fmt for name, fmt in found.items() if fmt is not None}
 
@@ -167,9 +171,9 @@ def _formats(source: gguf.GGUFFile, mix: Mix) -> dict[str, BlockFormat]:
 class _Types:
     """Which type a weight of the model gets, as far as names and shapes tell."""
 
-    def __init__(self, source: gguf.GGUFFile, mix: Mix, weights: Sequence[str]) -> None:
+    def __init__(self, source: GGUFFile, mix: Mix, weights: Sequence[str]) -> None:
         self._source, self._formats = source, _formats(source, mix)
-        self._names = gguf.names_of(source, weights)
+        self._names = names_of(source, weights)
 
     def of(self, block: int, weight: str, shape: tuple[int, int]) -> BlockFormat | None:
         """By upstream's list of names; else kept where a tensor of the block that is kept has this shape; else as most

@@ -1,11 +1,9 @@
-"""Finds llama.cpp's tools, runs them, and turns what they print into numbers.
+"""Runs llama.cpp's tools, and turns what they print into numbers.
 
 The tools are real programs on this machine; this module never downloads or builds (llamacpp_build.py does) and never
 guesses a number that a tool did not print. A file a tool writes appears whole or not at all.
 """
 
-import contextlib
-import functools
 import os
 import re
 import shutil
@@ -15,12 +13,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ParamSpec, TypeVar
 
 from qronos_export import llamacpp_log as log
-from qronos_export.cache import cache_folder
 from qronos_export.errors import CalibrationError, CheckpointError, LlamaCppError, OutputError, UsageError
-from qronos_export.process import SilentError, run
+from qronos_export.process import SilentError, run, until_told
 
 PINNED = "b11549"
 VARIABLE = "QRONOS_EXPORT_LLAMACPP"
@@ -37,25 +33,6 @@ _LIMITED = (  # becomes Python with the other arguments, and a limit on files it
 )
 
 OnChunk = Callable[[int, int], None]  # (chunks done, chunks in all)
-P = ParamSpec("P")
-T = TypeVar("T")
-
-
-def _until_told(silence: type[LlamaCppError]) -> Callable[[Callable[P, T]], Callable[P, T]]:
-    """Run again where llama.cpp lost its last words (its issue 22142; on a busy machine it was seen to do so three
-    times in a row); the last of six `silence`s is an error."""
-
-    def decorate(use: Callable[P, T]) -> Callable[P, T]:
-        @functools.wraps(use)
-        def told(*args: P.args, **kwargs: P.kwargs) -> T:
-            for _ in range(5):
-                with contextlib.suppress(silence):
-                    return use(*args, **kwargs)
-            return use(*args, **kwargs)
-
-        return told
-
-    return decorate
 
 
 @dataclass(frozen=True)
@@ -169,15 +146,15 @@ class LlamaCpp:
             raise LlamaCppError(f"llama-quantize --dry-run listed no tensors of {source}. {self._hint()}")
         return planned
 
-    def parts(self, file: Path, megabytes: int) -> int:
-        """How many files `split` would write, without writing."""
+    def parts(self, file: Path, megabytes: int) -> list[int]:
+        """Tensors in each of the files that `split` would write, without writing."""
         return log.parts(self._split(file, megabytes, file, "--dry-run"), file)
 
     def split(self, file: Path, megabytes: int, folder: Path) -> list[Path]:
         """`llama-gguf-split`: `file` as <stem>-00001-of-0000N.gguf, … in `folder`, none with more than `megabytes` MB
         of tensors; llama.cpp opens all by the first. Raises LlamaCppError where a tensor is larger than that."""
-        count = log.parts(self._split(file, megabytes, folder / file.stem), file)
-        return [folder / part for part in part_names(file.name, count)]
+        parts = log.parts(self._split(file, megabytes, folder / file.stem), file)
+        return [folder / part for part in part_names(file.name, len(parts))]
 
     def _split(self, file: Path, megabytes: int, stem: Path, *options: str) -> str:
         if not (self.bin_folder / SPLITTER).is_file():
@@ -215,7 +192,7 @@ class LlamaCpp:
             )
         return destination
 
-    @_until_told(log.LostLines)
+    @until_told(log.LostLines)
     def perplexity(
         self,
         model: Path,
@@ -228,7 +205,7 @@ class LlamaCpp:
         on_chunk: OnChunk | None = None,
     ) -> log.Perplexity:
         """Perplexity of `model` over the second half of each chunk of `context` tokens; `logits` also keeps every
-        scored log-probability for `kl_divergence`, in a file of `logits_bytes`.
+        scored log-probability for `kl_divergence`, in a file of `log.logits_bytes`.
 
         `options` go to llama-perplexity as they are, say ("--cache-type-k", "q8_0").
 
@@ -247,7 +224,7 @@ class LlamaCpp:
         def check(chunks: int, context: int) -> None:
             nonlocal size
             log.check_scored(chunks, context)
-            size = logits_bytes(vocabulary, context, chunks)
+            size = log.logits_bytes(vocabulary, context, chunks)
             free = shutil.disk_usage(logits.parent).free
             if size > free:
                 raise OutputError(
@@ -271,7 +248,7 @@ class LlamaCpp:
                 )
         return log.perplexity(progress.text, model)
 
-    @_until_told(log.LostLines)
+    @until_told(log.LostLines)
     def kl_divergence(
         self, model: Path, logits: Path, *, options: Sequence[str] = (), on_chunk: OnChunk | None = None
     ) -> log.Divergence:
@@ -291,7 +268,7 @@ class LlamaCpp:
         self._measure("llama-perplexity", model, arguments, progress)
         return log.divergence(progress.text, model)
 
-    @_until_told(log.LostLines)
+    @until_told(log.LostLines)
     def rates(self, model: Path, *, prompt: int, new: int, rounds: int) -> tuple[list[float], list[float]]:
         """`llama-bench`: tokens per second in each of `rounds`, reading `prompt` tokens and writing `new` ones."""
         if not (self.bin_folder / BENCH).is_file():
@@ -326,7 +303,7 @@ class LlamaCpp:
         self._run(tool, ["-m", _model(model), "--check-tensors", *arguments, *threads, "--log-jsonl"], progress.feed)
         progress.raise_errors()
 
-    @_until_told(SilentError)
+    @until_told(SilentError)
     def _run(self, tool: str, arguments: Sequence[str | Path], on_line: Callable[[str], None] | None = None) -> str:
         command = [self.bin_folder / tool, *arguments]
         # OpenMP's threads spin at barriers; where something else wants the cores that doubles the time.
@@ -366,77 +343,10 @@ class LlamaCpp:
         return [*how, "--pure"] if pure else how
 
 
-def find(explicit: Path | None = None) -> LlamaCpp:
-    """The llama.cpp to use: the folder given, else `$QRONOS_EXPORT_LLAMACPP`, else PATH, else our own installed one.
-
-    A folder may hold the tools, or be a checkout with build/bin, or an install with bin. A place that was named and is
-    wrong is an error, not a reason to look further.
-    """
-    if explicit is not None:
-        return open_folder(explicit, "the folder given")
-    if named := os.environ.get(VARIABLE):
-        return open_folder(Path(named), VARIABLE)
-    if all(shutil.which(tool) for tool in TOOLS):
-        return open_folder(Path(str(shutil.which(TOOLS[0]))).parent, "PATH")
-    if installed_folder().is_dir():
-        return open_folder(installed_folder(), INSTALLED)
-    raise LlamaCppError(
-        "llama.cpp was not found. Looked for its tools in: the folder given (none was), "
-        f"{VARIABLE} (not set), PATH (lacks {', '.join(tool for tool in TOOLS if not shutil.which(tool))}), "
-        f"and {installed_folder()} (does not exist).\n"
-        f"Run `qronos-export llamacpp install` to build {PINNED}, or set {VARIABLE} to the folder of a build."
-    )
-
-
-def open_folder(folder: Path, origin: str) -> LlamaCpp:
-    """The tools in `folder`; `origin` says in messages and reports why it is this one."""
-    if not folder.is_dir():
-        raise LlamaCppError(f"{folder} ({origin}) is not a folder; expected one with llama.cpp's tools in it.")
-    folder = folder.absolute()
-    places = [folder, folder / "bin", folder / "build" / "bin"]
-    bin_folder = next((place for place in places if (place / TOOLS[0]).is_file()), None)
-    if bin_folder is None:
-        raise LlamaCppError(
-            f"{folder} ({origin}) has no {TOOLS[0]}, nor has its bin/ or build/bin/. "
-            f"Expected a folder of built llama.cpp tools: {', '.join(TOOLS)}."
-        )
-    if missing := [tool for tool in TOOLS if not (bin_folder / tool).is_file()]:
-        raise LlamaCppError(f"{bin_folder} ({origin}) lacks {', '.join(missing)}. Build these targets there too.")
-    version = log.version(run([bin_folder / TOOLS[0], "--version"], time_limit=60))
-    return LlamaCpp(bin_folder, _source_of(bin_folder), version, origin)
-
-
-def installed_folder() -> Path:
-    """Where llamacpp_build.install puts the pinned build: bin/ and source/."""
-    return cache_folder() / f"llamacpp-{PINNED}"
-
-
 def part_names(name: str, count: int) -> list[str]:
     """What `LlamaCpp.split` calls the parts of the GGUF file `name`."""
     stem = name.removesuffix(".gguf")
     return [f"{stem}-{number:05}-of-{count:05}.gguf" for number in range(1, count + 1)]
-
-
-def logits_bytes(vocabulary: int, context: int, chunks: int) -> int:
-    """Size of the file `--kl-divergence-base` writes, to the byte.
-
-    8 bytes "_logits_" | u32 context, vocabulary, chunks | i32 token[chunks·context]
-    then for each scored token, of which a chunk has context − 1 − ⌊context/2⌋:
-    f32 scale, f32 minimum | u16 log-probability[vocabulary, rounded up to even]
-    """
-    scored = chunks * (context - 1 - context // 2)
-    return 8 + 3 * 4 + 4 * chunks * context + scored * (2 * 4 + 2 * (vocabulary + vocabulary % 2))
-
-
-def _source_of(bin_folder: Path) -> Path | None:
-    """The source the tools were built from where that can be told, else the pinned one where it is installed."""
-    build = bin_folder.resolve().parent
-    places = [build / "source", build.parent]
-    settings = build / "CMakeCache.txt"
-    if settings.is_file() and (home := re.search(r"^CMAKE_HOME_DIRECTORY:INTERNAL=(.+)$", settings.read_text(), re.M)):
-        places.insert(0, Path(home[1]))
-    places.append(installed_folder() / "source")
-    return next((place for place in places if (place / CONVERTER).is_file() and (place / "gguf-py").is_dir()), None)
 
 
 def _model(path: Path) -> Path:

@@ -17,18 +17,8 @@ from pathlib import Path
 
 from qronos_export.cache import cache_folder
 from qronos_export.errors import LlamaCppError, OutputError
-from qronos_export.llamacpp import (
-    BENCH,
-    CONVERTER,
-    INSTALLED,
-    PINNED,
-    SPLITTER,
-    TOOLS,
-    VARIABLE,
-    LlamaCpp,
-    installed_folder,
-    open_folder,
-)
+from qronos_export.llamacpp import BENCH, CONVERTER, INSTALLED, PINNED, SPLITTER, TOOLS, VARIABLE, LlamaCpp
+from qronos_export.llamacpp_find import installed_folder, open_folder
 from qronos_export.process import run
 
 SDIST = f"xllamacpp==2026.10.{PINNED[1:]}"

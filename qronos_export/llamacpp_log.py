@@ -228,6 +228,17 @@ def rates(text: str, file: Path) -> tuple[list[float], list[float]]:
     return found[False], found[True]
 
 
+def logits_bytes(vocabulary: int, context: int, chunks: int) -> int:
+    """Size of the file `--kl-divergence-base` writes, to the byte.
+
+    8 bytes "_logits_" | u32 context, vocabulary, chunks | i32 token[chunks·context]
+    then for each scored token, of which a chunk has context − 1 − ⌊context/2⌋:
+    f32 scale, f32 minimum | u16 log-probability[vocabulary, rounded up to even]
+    """
+    scored = chunks * (context - 1 - context // 2)
+    return 8 + 3 * 4 + 4 * chunks * context + scored * (2 * 4 + 2 * (vocabulary + vocabulary % 2))
+
+
 def logits_context(logits: Path) -> int:
     """Tokens a chunk in a `--kl-divergence-base` file."""
     with logits.open("rb") as file:
@@ -285,12 +296,14 @@ def vocabulary(text: str, model: Path) -> int:
     return int(tokens[1])
 
 
-def parts(text: str, model: Path) -> int:
-    """How many files llama-gguf-split makes of one, from "n_split: 3"."""
-    found = re.search(r"^n_split: (\d+)$", text, re.MULTILINE)
-    if found is None:
-        raise LlamaCppError(f"llama-gguf-split did not say into how many parts {model} goes.")
-    return int(found[1])
+def parts(text: str, model: Path) -> list[int]:
+    """Tensors in each of the files that llama-gguf-split makes of one, from "n_split: 3" and a line for each,
+    "split 00001: n_tensors = 4, total_size = 1M"."""
+    count = re.search(r"^n_split: (\d+)$", text, re.MULTILINE)
+    found = re.findall(r"^split \d+: n_tensors = (\d+),", text, re.MULTILINE)
+    if count is None or len(found) != int(count[1]):
+        raise LlamaCppError(f"llama-gguf-split did not say into which parts {model} goes.")
+    return [int(each) for each in found]
 
 
 def version(text: str) -> str:

@@ -1,7 +1,7 @@
 """Log-probabilities that llama-perplexity kept (`--kl-divergence-base`), read a few rows at a time.
 
-The layout is in the docstring of `llamacpp.logits_bytes`. A log-probability is minimum + scale · code; what lies more
-than 16 nats below the likeliest token is stored as if it were there.
+The layout is in the docstring of `llamacpp_log.logits_bytes`. A log-probability is minimum + scale · code; what lies
+more than 16 nats below the likeliest token is stored as if it were there.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from qronos_export.errors import LlamaCppError
-from qronos_export.llamacpp import logits_bytes
+from qronos_export.llamacpp_log import logits_bytes
 
 _HEADER = struct.Struct("<8sIII")
 _AT_ONCE = 1 << 22  # log-probabilities read at a time

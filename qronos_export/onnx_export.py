@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 
 from formats import find_format
 from qronos_export import report
-from qronos_export.artifact.gguf import BlockStore, GGUFFile
+from qronos_export.artifact.block_store import BlockStore
+from qronos_export.artifact.gguf import GGUFFile
 from qronos_export.artifact.onnx_blocks import MX_TYPES, container
 from qronos_export.artifact.onnx_builder import build_float, check_packages, set_windows
 from qronos_export.checkpoint import Checkpoint, attention_windows

@@ -9,8 +9,7 @@ import shutil
 import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing, contextmanager
-from dataclasses import dataclass, replace
-from fnmatch import fnmatchcase
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,71 +17,37 @@ import torch
 
 from qronos_export import corpus, report
 from qronos_export.activations import check_activations
-from qronos_export.artifact import gguf
+from qronos_export.artifact.gguf import GGUFFile
+from qronos_export.artifact.gguf_rows import RowIndex
+from qronos_export.artifact.gguf_verify import verify_gguf
+from qronos_export.artifact.gguf_write import restate, write_gguf
 from qronos_export.attention import check_attention
 from qronos_export.calibration import Clock
 from qronos_export.checkpoint import Checkpoint, LazyModel, open_checkpoint
+from qronos_export.choice import choose_types
 from qronos_export.device import pick_device
-from qronos_export.errors import OutOfMemoryError, TransformError, UsageError
+from qronos_export.errors import OutOfMemoryError
+from qronos_export.events import Event, Finished, Resumed, Stage, Step
+from qronos_export.folding import fold
+from qronos_export.followers import Work
 from qronos_export.llamacpp import LlamaCpp
-from qronos_export.llamacpp_log import check_scored
 from qronos_export.memory import peak_memory, ran_out
-from qronos_export.onnx_export import check_foreign, float_graph, onnx_folder, onnx_versions, write_onnx
+from qronos_export.onnx_export import float_graph, onnx_folder, onnx_versions, write_onnx
 from qronos_export.onnx_validation import TorchReference, open_session
-from qronos_export.plan import (
-    CARRIERS,
-    FOREIGN,
-    Mix,
-    Plan,
-    check_overrides,
-    check_types,
-    is_foreign,
-    mix,
-    type_patterns,
-)
+from qronos_export.output import Output
+from qronos_export.plan import Plan
+from qronos_export.preconditions import check_ranks, check_recipe
 from qronos_export.proof import Held, float_file, held_out_file, reference
 from qronos_export.provenance import dataset_of, file_facts, model_facts, validation_facts
 from qronos_export.ranks import ALONE, Ranks
 from qronos_export.recipe import Recipe
-from qronos_export.report import Artifact, LayerReport, RunReport
+from qronos_export.report import Artifact, RunReport
+from qronos_export.resolved import matched, replayable
 from qronos_export.resume import Journal, Pieces, State, identity, resumable
 from qronos_export.streams import calibrate, round_to_nearest, rounded_cache
-from qronos_export.transformed import PROBE, need_inputs, transformed
-from qronos_export.validation import CACHE_TYPES, Cache
+from qronos_export.transformed import PROBE, need_inputs
+from qronos_export.validation import Cache
 from qronos_export.workspace import check_space, float_bytes, folded_bytes, stored_bytes, workspace
-
-
-@dataclass(frozen=True)
-class Stage:
-    """A phase of the run begins; `steps` of it will be announced, or None where that cannot be told."""
-
-    name: str
-    steps: int | None = None
-
-
-@dataclass(frozen=True)
-class Step:
-    """`done` steps of the current stage are finished; `layer` is the last tensor rounded, if any."""
-
-    done: int
-    layer: LayerReport | None = None
-
-
-@dataclass(frozen=True)
-class Finished:
-    report: RunReport
-    folder: Path
-
-
-@dataclass(frozen=True)
-class Resumed:
-    """A run before this one finished `done` steps: embedding, blocks, head. `damaged` names what has to be redone."""
-
-    done: int
-    damaged: list[str]
-
-
-Event = Stage | Step | Resumed | Finished
 
 
 def run(
@@ -99,7 +64,7 @@ def run(
     """Quantize by `recipe` into `output`/<model>-<format>.gguf and report.json; `held` None skips validation.
 
     `on_progress(done, total)` is called within stages that are one call: sampling text, llama.cpp's runs. Of several
-    `ranks` this is the first; the others `follow`.
+    `ranks` this is the first; the others `followers.follow`.
 
     Raises QronosError; then, and when interrupted, nothing partial is left in `output`. With `resume` what is finished
     stays there in a hidden folder, however the run ends before it is over, and the next one goes on behind it.
@@ -189,7 +154,7 @@ def _run(
             clock.lap("load")
         original, tokens = checkpoint, None
         reference_file = _float_file("float", original, llamacpp, pieces)
-        source = gguf.GGUFFile(reference_file)
+        source = GGUFFile(reference_file)
         result.model, result.notes = model_facts(checkpoint, source)
         mixes = [choose_types(source, name, recipe, llamacpp) for name in paths]  # refuses before anything takes time
         for tensor in dict.fromkeys(tensor for each in mixes for tensor in each.quantized):
@@ -208,7 +173,7 @@ def _run(
             )
             result.notes += notes
             if names:
-                source = gguf.GGUFFile(_float_file("float-transformed", checkpoint, llamacpp, pieces))
+                source = GGUFFile(_float_file("float-transformed", checkpoint, llamacpp, pieces))
                 mixes = [choose_types(source, name, recipe, llamacpp) for name in paths]
                 if graph:
                     shutil.rmtree(folder / "graph")
@@ -221,7 +186,7 @@ def _run(
         needed = 2 * sum(each.bytes(source) for each in outputs) - pieces.taken("blocks", "step-*")
         check_space(folder, needed)
         wanted = dict.fromkeys(name for each in outputs for name in each.mix.quantized)
-        plan = Plan(source, gguf.RowIndex(source, list(wanted)))
+        plan = Plan(source, RowIndex(source, list(wanted)))
         model = LazyModel(checkpoint, device)
         clock.lap("load")
         if tokens is None and recipe.method != "rtn":
@@ -259,8 +224,8 @@ def _run(
             if "gguf" in recipe.artifacts:
                 file = folder / each.path.name
                 facts = file_facts(source, result.recipe, each.mix.name, result.model, result.calibration)
-                gguf.write_gguf(source, each.store, each.mix.file_type, file, facts)
-                bits = gguf.verify_gguf(file, source, each.store).bits_per_weight
+                write_gguf(source, each.store, each.mix.file_type, file, facts)
+                bits = verify_gguf(file, source, each.store).bits_per_weight
                 result.artifacts.append(
                     Artifact(file.name, each.mix.name, file.stat().st_size, bits, report.sha256(file))
                 )
@@ -322,46 +287,9 @@ def _state(artifact: Artifact, file: Path, folder: Path) -> None:
     assert artifact.validation is not None
     check_space(folder, file.stat().st_size)
     stated = folder / file.name
-    gguf.restate(gguf.GGUFFile(file), validation_facts(artifact.validation), stated)
+    restate(GGUFFile(file), validation_facts(artifact.validation), stated)
     artifact.bytes, artifact.sha256 = stated.stat().st_size, report.sha256(stated)
     stated.replace(file)
-
-
-def check_recipe(recipe: Recipe, held: Held | None, llamacpp: LlamaCpp) -> None:
-    """Raises UsageError for what no run can do with any model; `held` is None where nothing is validated."""
-    check_types(recipe)
-    if held and held.chunks is not None and "gguf" in recipe.artifacts:
-        check_scored(held.chunks, held.context)
-    if recipe.activations not in ("none", "llama.cpp", "q8_0", "q8_k"):
-        raise UsageError(
-            f"activations: {recipe.activations} is for `evaluate` alone: llama.cpp rounds what a matrix reads to eight "
-            "bits of its own, q8_0 or q8_k."
-        )
-    for which, kind in recipe.kv_cache.items():
-        if kind not in CACHE_TYPES:
-            raise UsageError(
-                f"kv_cache: {{{which}: {kind}}} is for `evaluate` alone: llama.cpp's cache has no such type."
-            )
-    if recipe.kv_cache and "gguf" not in recipe.artifacts:
-        raise UsageError(
-            "kv_cache rounds keys and values as llama.cpp does, and ONNX models keep floats; leave it out."
-        )
-    if recipe.online != "none":
-        raise UsageError(f"online: {recipe.online} is for `evaluate` alone: llama.cpp rotates nothing while it runs.")
-    if recipe.method == "rtn" and (recipe.magr or recipe.activations != "none"):
-        raise UsageError(
-            "method: rtn looks at no activations, so magr and activations would do nothing; leave them out."
-        )
-    if recipe.method == "rtn" and recipe.kv_cache and not held:
-        raise UsageError("method: rtn looks at no keys and values; without --validate, kv_cache does nothing.")
-    known = llamacpp.quantize_types()
-    for name in recipe.formats:
-        if is_foreign(name):
-            check_foreign(name, recipe)
-        elif name not in CARRIERS and known.get(name) is None:
-            raise UsageError(
-                f"There is no type {name!r}; llama.cpp has {', '.join([*CARRIERS, *filter(known.get, known)])}."
-            )
 
 
 @contextmanager
@@ -413,111 +341,6 @@ def _fold(
     return checkpoint, facts["transforms"], facts["notes"]
 
 
-@dataclass(frozen=True)
-class Folded:
-    """A checkpoint after `transforms`; `notes` says which of them were left out, and why."""
-
-    checkpoint: Checkpoint
-    transforms: list[str]
-    notes: list[str]
-
-
-@dataclass(frozen=True)
-class Work:
-    """What calibration needs to know: int64 `tokens` [samples, length] and all before it. Files are where every process
-    finds them."""
-
-    recipe: Recipe
-    checkpoint: Checkpoint
-    source: Path
-    mixes: list[Mix]
-    tokens: torch.Tensor
-
-
-@dataclass(frozen=True)
-class Nowhere:
-    """What takes the blocks of a stream where another process writes them."""
-
-    mix: Mix
-
-    @property
-    def store(self) -> Nowhere:
-        return self
-
-    def put(self, *blocks: object) -> None:
-        pass
-
-
-def check_ranks(recipe: Recipe, ranks: Ranks, resume: bool = False) -> None:
-    """Raises UsageError unless there is something to do for every process."""
-    if ranks.world == 1:
-        return
-    if resume:
-        raise UsageError("--resume keeps the hidden states of one process; leave it out, or run without torchrun.")
-    if recipe.method == "rtn":
-        raise UsageError("method: rtn has no sequences to share; run it without torchrun.")
-    one_in = recipe.holds_out_one_in
-    held = recipe.samples // one_in if one_in else recipe.samples
-    if min(held, recipe.samples - held if one_in else held) < ranks.world:
-        apart = ", and one more to hold out" if one_in else ""
-        raise UsageError(
-            f"{recipe.samples} samples are too few for {ranks.world} processes, each of which needs one{apart}; raise "
-            "--samples."
-        )
-
-
-def follow(ranks: Ranks) -> None:
-    """The part in `run` of every process but the first."""
-    work: Work = ranks.receive()
-    device = ranks.device(pick_device(work.recipe.device))
-    source = gguf.GGUFFile(work.source)
-    plan = Plan(
-        source, gguf.RowIndex(source, list(dict.fromkeys(name for mix in work.mixes for name in mix.quantized)))
-    )
-    outputs = [Nowhere(mix) for mix in work.mixes]
-    model = LazyModel(work.checkpoint, device)
-    for _ in calibrate(model, plan, outputs, work.tokens.to(device), work.recipe, Clock(), ranks=ranks):
-        pass
-
-
-def fold(
-    recipe: Recipe,
-    checkpoint: Checkpoint,
-    tokens: torch.Tensor,
-    folder: Path,
-    *,
-    kind: Callable[[Checkpoint, torch.device], LazyModel] = LazyModel,
-    on_progress: Callable[[int, int], None] | None = None,
-) -> Folded:
-    """Apply the recipe's transforms, writing below `folder`. What the recipe names has to fit, what `auto` stands for
-    may be left out.
-
-    tokens: int64 [samples, length], on the device to compute on. `kind` is how the result will run.
-    """
-    names = recipe.transform_names
-    if not names:
-        return Folded(checkpoint, [], [])
-    try:
-        done = transformed(
-            checkpoint,
-            names,
-            tokens=tokens,
-            formats=recipe.formats,
-            seed=recipe.seed,
-            micro_batch=recipe.micro_batch,
-            folder=folder / "transformed",
-            activations=recipe.activations,
-            spin_steps=recipe.spin_steps,
-            kind=kind,
-            on_progress=on_progress,
-        )
-    except TransformError as error:
-        if recipe.transforms != "auto":
-            raise
-        return Folded(checkpoint, [], [str(error)])
-    return Folded(done, names, [])
-
-
 def _draw(
     recipe: Recipe,
     checkpoint: Checkpoint,
@@ -551,84 +374,3 @@ def _draw(
     clock.lap("calibration")
     ids = torch.from_file(str(place / "tokens"), size=result.calibration["tokens"], dtype=torch.int64)
     return ids.clone().view(recipe.samples, recipe.sequence_length).to(device)
-
-
-@dataclass(frozen=True)
-class Output:
-    """One artifact on its way: its types, its finished blocks, and where it will be."""
-
-    mix: Mix
-    store: gguf.BlockStore
-    path: Path
-
-    def bytes(self, source: gguf.GGUFFile) -> int:
-        """What its tensors will take."""
-        formats = {name: self.mix.format(name, tensor.columns) for name, tensor in source.tensors.items()}
-        return sum(
-            tensor.nbytes if (fmt := formats[name]) is None else tensor.rows * fmt.row_bytes(tensor.columns)
-            for name, tensor in source.tensors.items()
-        )
-
-    def kept(self, source: gguf.GGUFFile, plan: Plan) -> list[dict[str, str]]:
-        """Tensors of the mix that were not rounded after all, and why."""
-        return [
-            {
-                "artifact": self.mix.name,
-                "tensor": name,
-                "type": source.tensors[name].type,
-                "why": "its rows are no rows of a weight we calibrate"
-                if name in plan.unclaimed
-                else "the model never runs its layer as a linear one",
-            }
-            for name in self.mix.quantized
-            if name not in self.store.formats
-        ]
-
-    def substitutes(self) -> list[dict[str, str]]:
-        return [
-            {"artifact": self.mix.name, "tensor": name, "wanted": wanted, "type": self.mix.types[name]}
-            for name, wanted in self.mix.substitutes.items()
-        ]
-
-
-def replayable(recipe: Recipe, checkpoint: Checkpoint, device: torch.device) -> Recipe:
-    """The recipe with what it left open: the device, and the commit that a hub id stood for."""
-    model = recipe.model if checkpoint.revision is None else f"{checkpoint.repository}@{checkpoint.revision}"
-    return replace(recipe, model=model, device=str(device))
-
-
-def matched(recipe: Recipe, checkpoint: Checkpoint) -> Recipe:
-    """The recipe with the numbers that `match_lengths` stands for: sequences of that length, and samples for at least
-    as many tokens. Raises CalibrationError for a file that holds no prompts."""
-    if recipe.match_lengths is None:
-        return recipe
-    length = corpus.median_length(recipe.match_lengths, checkpoint)
-    samples = -(-recipe.samples * recipe.sequence_length // length)
-    return replace(recipe, samples=samples, sequence_length=length, match_lengths=None)
-
-
-def choose_types(source: gguf.GGUFFile, name: str, recipe: Recipe, llamacpp: LlamaCpp) -> Mix:
-    """The types of the artifact `name`, as llama-quantize would choose them with the recipe's wishes."""
-    carrier, number = FOREIGN if is_foreign(name) else CARRIERS.get(name, (name, None))
-    options = [
-        *(["--output-tensor-type", recipe.output_type.lower()] if recipe.output_type else []),
-        *(["--token-embedding-type", recipe.embedding_type.lower()] if recipe.embedding_type else []),
-    ]
-    patterns = type_patterns(source, recipe.overrides)
-    planned = llamacpp.plan(source.path, carrier, tensor_types=patterns, pure=recipe.pure, options=options)
-    if number is None:
-        number = llamacpp.quantize_types()[name]
-    if number is None:
-        raise UsageError(f"--format {name} is no type; see `qronos-export formats`.")
-    chosen = mix(source, name, number, planned.types, planned.substitutes, wishes(source, recipe))
-    check_overrides(chosen, recipe.overrides)
-    return chosen
-
-
-def wishes(source: gguf.GGUFFile, recipe: Recipe) -> Callable[[str], bool]:
-    """Whether the recipe itself says what type a tensor gets."""
-    embedding, head = "token_embd.weight", "output.weight"
-    named = {embedding} if recipe.embedding_type else set()
-    if recipe.output_type:
-        named.add(head if head in source.tensors else embedding)
-    return lambda tensor: tensor in named or any(fnmatchcase(tensor, glob) for glob in recipe.overrides)

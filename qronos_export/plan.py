@@ -19,7 +19,8 @@ from formats import FORMATS, BlockFormat, FormatError, find_format
 from qronos_export.errors import PlanError, UsageError
 
 if TYPE_CHECKING:
-    from qronos_export.artifact.gguf import GGUFFile, RowIndex, StoredTensor, Target
+    from qronos_export.artifact.gguf import GGUFFile, StoredTensor, Target
+    from qronos_export.artifact.gguf_rows import RowIndex
     from qronos_export.recipe import Recipe
 
 CARRIERS = {"MXFP4": ("Q4_0", 38), "NVFP4": ("Q4_0", 39)}

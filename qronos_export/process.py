@@ -4,6 +4,7 @@ Owns nothing but the child process. What the lines mean is the caller's business
 """
 
 import contextlib
+import functools
 import os
 import shlex
 import signal
@@ -13,15 +14,35 @@ from collections.abc import Callable, Container, Mapping, Sequence
 from pathlib import Path
 from queue import SimpleQueue
 from threading import Thread
-from typing import IO
+from typing import IO, ParamSpec, TypeVar
 
 from qronos_export.errors import LlamaCppError
 
 TAIL = 30  # lines of output an error repeats
 
+P = ParamSpec("P")
+T = TypeVar("T")
+
 
 class SilentError(LlamaCppError):
     """A program failed by its exit code and printed nothing."""
+
+
+def until_told(silence: type[LlamaCppError]) -> Callable[[Callable[P, T]], Callable[P, T]]:
+    """Run a use of llama.cpp again where that lost its last words (its issue 22142; on a busy machine it was seen to do
+    so three times in a row); the last of six `silence`s is an error."""
+
+    def decorate(use: Callable[P, T]) -> Callable[P, T]:
+        @functools.wraps(use)
+        def told(*args: P.args, **kwargs: P.kwargs) -> T:
+            for _ in range(5):
+                with contextlib.suppress(silence):
+                    return use(*args, **kwargs)
+            return use(*args, **kwargs)
+
+        return told
+
+    return decorate
 
 
 def run(

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from qronos_export import __version__
-from qronos_export.artifact.gguf import Fact, GGUFFile, lineage
+from qronos_export.artifact.gguf import GGUFFile
+from qronos_export.artifact.gguf_write import Fact, lineage
 from qronos_export.checkpoint import Checkpoint, base_card
 
 _OF_THIS_MACHINE = ("model", "artifact", "accuracy_level", "device", "match_lengths")

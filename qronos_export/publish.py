@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +17,7 @@ from huggingface_hub import CommitOperationAdd, HfApi, constants, get_token
 from huggingface_hub.errors import HfHubHTTPError
 
 from qronos_export.artifact.gguf import GGUFFile
+from qronos_export.artifact.gguf_parts import part_bytes
 from qronos_export.card import CARD, LICENSE, MARK, model_card, public, write_card
 from qronos_export.checkpoint import looks_like_id
 from qronos_export.errors import PublishError, UsageError
@@ -102,10 +103,10 @@ def publish(
     large = [each for each in results.artifacts if _is_large(each, split_size)]
     tools = llamacpp() if large else None
     counts = {each.path: tools.parts(results.folder / each.path, split_size) for each in large} if tools else {}
-    parts = {name: part_names(name, count) for name, count in counts.items() if count > 1}
+    parts = {name: part_names(name, len(tensors)) for name, tensors in counts.items() if len(tensors) > 1}
     _check_card_parts(results, parts)
     if dry_run:
-        planned = {name: [Upload(part, b"", 0) for part in names] for name, names in parts.items()}
+        planned = {name: _planned(results.folder / name, names, counts[name]) for name, names in parts.items()}
         return [*_files(results, hashes, planned), *_beside(results, repository, parts)], None
     if not (results.folder / CARD).exists():
         write_card(results, repository, parts)
@@ -114,7 +115,7 @@ def publish(
         written = {}
         for name in parts:
             assert tools is not None
-            say(f"splitting {name} into {counts[name]} parts")
+            say(f"splitting {name} into {len(parts[name])} parts")
             files = tools.split(results.folder / name, split_size, scratch)
             _check_parts(results.folder / name, files)
             written[name] = [Upload(part.name, part, part.stat().st_size, sha256(part)) for part in files]
@@ -186,6 +187,12 @@ def _files(results: Results, hashes: dict[Path, str], parts: dict[str, list[Uplo
             continue
         for path in results.files(artifact):
             yield Upload(path.relative_to(results.folder).as_posix(), path, path.stat().st_size, hashes[path])
+
+
+def _planned(file: Path, names: Sequence[str], counts: Sequence[int]) -> list[Upload]:
+    """The parts of `file`, with `counts` tensors each, before they are written."""
+    sizes = part_bytes(GGUFFile(file), counts)
+    return [Upload(name, b"", size) for name, size in zip(names, sizes, strict=True)]
 
 
 def _beside(results: Results, repository: str, parts: dict[str, list[str]]) -> Iterator[Upload]:

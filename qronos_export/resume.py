@@ -31,7 +31,8 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from qronos_export.artifact.gguf import BlockStore, GGUFFile
+from qronos_export.artifact.block_store import BlockStore
+from qronos_export.artifact.gguf import GGUFFile
 from qronos_export.calibration import Clock, MicroBatch
 from qronos_export.checkpoint import Checkpoint
 from qronos_export.errors import CalibrationError, OutputError, PlanError, TransformError, UsageError

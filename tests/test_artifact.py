@@ -11,7 +11,11 @@ import torch
 from torch import Tensor
 
 from formats import FORMATS
-from qronos_export.artifact.gguf import BlockStore, GGUFFile, RowIndex, verify_gguf, write_gguf
+from qronos_export.artifact.block_store import BlockStore
+from qronos_export.artifact.gguf import GGUFFile
+from qronos_export.artifact.gguf_rows import RowIndex
+from qronos_export.artifact.gguf_verify import verify_gguf
+from qronos_export.artifact.gguf_write import write_gguf
 from qronos_export.errors import ArtifactError
 
 

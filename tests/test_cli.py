@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 
 from formats import FORMATS
 from qronos_export.cli import app
+from qronos_export.commands.options import substitute_rows
 from qronos_export.errors import UsageError
 from qronos_export.recipe import RECIPE_FIELDS, Recipe, load_recipe, plain_value, recipe_from, shipped
 from qronos_export.report import RunReport
@@ -203,3 +204,11 @@ def test_a_recipe_that_is_a_list_is_refused(tmp_path: Path) -> None:
     file.write_text("- not a recipe\n")
     with pytest.raises(UsageError, match="is not a recipe"):
         load_recipe(file)
+
+
+def test_substitutes_are_counted_in_words() -> None:
+    one = {"wanted": "Q6_K", "type": "Q8_0"}
+    assert substitute_rows([one, {"wanted": "Q4_K", "type": "Q5_0"}, one, one]) == [
+        ("substitutes", "3 tensors are Q8_0: Q6_K's blocks do not divide their rows"),
+        ("substitutes", "1 tensor is Q5_0: Q4_K's blocks do not divide its rows"),
+    ]

@@ -12,8 +12,8 @@ from qronos_export import corpus as corpus_module
 from qronos_export.checkpoint import Checkpoint, open_checkpoint, tokenizer
 from qronos_export.corpus import PIECE, _pieces, calibration_tokens, held_out_text, median_length
 from qronos_export.errors import CalibrationError
-from qronos_export.pipeline import matched
 from qronos_export.recipe import Recipe
+from qronos_export.resolved import matched
 from tests.families import make
 
 

@@ -24,11 +24,12 @@ from qronos_export.checkpoint.lazy import read_finite
 from qronos_export.corpus import held_out_text, held_out_tokens
 from qronos_export.errors import OutputError, TransformError, UsageError
 from qronos_export.evaluation import Evaluated, Evaluation, _everything, evaluate
+from qronos_export.events import Step
 from qronos_export.online import online_model
-from qronos_export.pipeline import Step, matched
 from qronos_export.proof import Held
 from qronos_export.recipe import ACTIVATIONS as NAMES
 from qronos_export.recipe import Recipe
+from qronos_export.resolved import matched
 from qronos_export.streams import Passengers, calibrate
 from tests.families import FAMILIES, make
 

@@ -234,7 +234,7 @@ def test_lattice_types_are_known_by_size_and_that_is_said(tmp_path: Path) -> Non
         writer.add_tensor("w", np.zeros((2, 74), np.uint8), raw_shape=(2, 74), raw_dtype=kind)
 
     path = write(tmp_path / "f.gguf", lattice)
-    assert checked(path) == [("note", "IQ2_XS", "1 tensors are known by their size only; their values were not read")]
+    assert checked(path) == [("note", "IQ2_XS", "1 tensor is known by its size only; values were not read")]
     found = inspect(path, numbers=True, check=False).tensors[-1]
     assert (found.type, found.bytes, found.shape, found.statistics) == ("IQ2_XS", 148, (2, 256), None)
 

@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import gguf
 import numpy as np
 import onnx
 import pytest
@@ -25,6 +26,7 @@ from qronos_export.artifact.onnx_package import copy_beside
 from qronos_export.artifact.onnx_plain import Plain
 from qronos_export.artifact.onnx_rows import Rows
 from qronos_export.artifact.onnx_session import Session, find_model
+from qronos_export.conversion import convert
 from qronos_export.errors import ArtifactError, UsageError
 
 GRIDS = [
@@ -306,6 +308,45 @@ def test_what_onnxruntime_cannot_run_is_refused_with_its_opset(floats: Opened, t
         Session(tmp_path / "no.onnx")
     with pytest.raises(ArtifactError, match=r"no decoder with input_ids and logits; its inputs are ids"):
         Session(tmp_path / "float.onnx")
+
+
+@pytest.mark.parametrize(("declared", "within"), [(21, False), (22, False), (22, True), (23, False)])
+def test_an_operator_of_a_later_opset_is_not_relabelled(floats: Opened, declared: int, within: bool) -> None:
+    """Cos is another since opset 22, RMSNormalization there since 23; we write 21."""
+    floats.model.opset_import[0].version = declared
+    node = make_node("RMSNormalization" if declared == 23 else "Cos", ["y"], ["z"], name="late")
+    if within:
+        branch = make_graph([node], "branch", [], [make_tensor_value_info("z", TensorProto.FLOAT, None)])
+        node = make_node("If", ["ready"], ["z"], then_branch=branch, else_branch=branch)
+    graph = floats.model.graph
+    graph.node.append(node)
+    f32 = FORMATS["F32"]
+    pieces = {
+        "table": [piece(f32, "table", f32.quantize(weights(VOCABULARY)))],
+        "weight": [piece(f32, "weight", f32.quantize(weights(ROWS)))],
+    }
+    written(floats, exact, **pieces)  # nothing needs it
+    graph.output.append(make_tensor_value_info("z", TensorProto.FLOAT, None))
+    if declared == 21:
+        written(floats, exact, **pieces)
+        return
+    with pytest.raises(ArtifactError, match=rf"late of the graph is the \w+ of opset {declared}, .* is of opset 21"):
+        written(floats, exact, **pieces)
+
+
+@pytest.mark.parametrize(("kinds", "says"), [(["F32"], "F32"), (["F32", "F16"], "F16 and F32"), (["BF16"], "BF16")])
+def test_a_float_gguf_is_not_converted(kinds: list[str], says: str, tmp_path: Path) -> None:
+    writer = gguf.GGUFWriter(tmp_path / "float.gguf", "llama")
+    for kind in kinds:
+        data = FORMATS[kind].quantize(torch.ones(2, 32)).numpy()
+        writer.add_tensor(kind, data, raw_dtype=gguf.GGMLQuantizationType[kind])
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(UsageError, match=rf"float\.gguf is not quantized: it holds {says} alone\. Give a quantized"):
+        list(convert(tmp_path / "float.gguf", tmp_path / "out", ["onnx"]))
+    assert not (tmp_path / "out").exists()
 
 
 def test_packages_that_are_missing_are_named(monkeypatch: pytest.MonkeyPatch) -> None:

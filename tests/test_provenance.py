@@ -10,7 +10,9 @@ import gguf
 import numpy as np
 import pytest
 
-from qronos_export.artifact.gguf import BlockStore, Fact, GGUFFile, lineage, restate, write_gguf
+from qronos_export.artifact.block_store import BlockStore
+from qronos_export.artifact.gguf import GGUFFile
+from qronos_export.artifact.gguf_write import Fact, lineage, restate, write_gguf
 from qronos_export.checkpoint import base_card
 from qronos_export.provenance import dataset_of, file_facts, validation_facts
 from qronos_export.recipe import Recipe

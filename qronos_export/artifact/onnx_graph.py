@@ -218,7 +218,10 @@ class Style(ABC):
 
 
 def rewritten(opened: Opened, pieces: Mapping[str, Sequence[Piece]], style: Style) -> ModelProto:
-    """The model in `style`, with `pieces`, by matrix, in place of its matrices. A looked-up matrix is one piece."""
+    """The model in `style`, with `pieces`, by matrix, in place of its matrices. A looked-up matrix is one piece.
+
+    Raises ArtifactError for an operator that the style's opset does not have as the builder means it.
+    """
     graph = opened.model.graph
     for node in graph.node:
         name = next((name for name in node.input if name in pieces), None)
@@ -235,6 +238,8 @@ def rewritten(opened: Opened, pieces: Mapping[str, Sequence[Piece]], style: Styl
                 style.product(f"{name}/part_{n}", node.input[0], outputs[n], piece)
             style.add("Concat", outputs, node.output[0], axis=-1)
     nodes = _needed(style.nodes, [each.name for each in graph.output])
+    builders = [each.version for each in opened.model.opset_import if not each.domain]
+    _check_opset(nodes, style.opset, max(style.opset, *builders))
     used = {name for node in nodes for name in node.input}
     for name, tensor in opened.tensors.items():
         if name in used and name not in style.initializers:
@@ -245,6 +250,23 @@ def rewritten(opened: Opened, pieces: Mapping[str, Sequence[Piece]], style: Styl
     opsets = [onnx.helper.make_opsetid(domain, version) for domain, version in domains.items()]
     ir_version = onnx.helper.find_min_ir_version_for(opsets, ignore_unknown=True)
     return onnx.helper.make_model(fresh, opset_imports=opsets, ir_version=ir_version, producer_name="qronos-export")
+
+
+def _check_opset(nodes: Iterable[NodeProto], opset: int, newest: int) -> None:
+    """Raises ArtifactError for an operator, also within others, which from `opset` to `newest` became another."""
+    for node in nodes:
+        name = node.op_type
+        if not node.domain and onnx.defs.has(name):  # the builder has some of onnxruntime's own in the standard domain
+            there = onnx.defs.has(name, newest)
+            since = (onnx.defs.get_schema(name, newest) if there else onnx.defs.get_schema(name)).since_version
+            if since > opset:
+                raise ArtifactError(
+                    f"{node.name or node.output[0]} of the graph is the {name} of opset {since}, and what is "
+                    f"written is of opset {opset}. Use --artifact gguf, or another onnxruntime-genai."
+                )
+        for attribute in node.attribute:
+            for graph in (attribute.g, *attribute.graphs):
+                _check_opset(graph.node, opset, newest)
 
 
 def _needed(nodes: Sequence[NodeProto], outputs: Iterable[str]) -> list[NodeProto]:

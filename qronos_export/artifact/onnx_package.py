@@ -23,7 +23,9 @@ import torch
 from torch import Tensor
 
 from formats import FORMATS, BlockFormat
-from qronos_export.artifact.gguf import BlockStore, GGUFFile, row_hashes
+from qronos_export.artifact.block_store import BlockStore
+from qronos_export.artifact.gguf import GGUFFile
+from qronos_export.artifact.gguf_rows import row_hashes
 from qronos_export.artifact.onnx_blocks import MX_TYPES
 from qronos_export.artifact.onnx_data import DataFile
 from qronos_export.artifact.onnx_genai import GenAI

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from qronos_export.artifact.gguf import GGUFFile, RowIndex
+from qronos_export.artifact.gguf import GGUFFile
+from qronos_export.artifact.gguf_rows import RowIndex
 from qronos_export.errors import ArtifactError
 
 

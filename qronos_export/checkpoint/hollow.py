@@ -9,15 +9,13 @@ import json
 import shutil
 import struct
 from pathlib import Path
-from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from qronos_export.errors import OutputError
 
-from .lazy import _config, _decoder_blocks, _from_config
-from .meta import parameters_on_meta
+from .architecture import Architecture
 from .quiet import quiet
 from .shards import DTYPES, INDEX
 from .source import Checkpoint
@@ -82,7 +80,7 @@ def _bytes(kind: str) -> int:
     return int(digits or 8) // 8
 
 
-class HollowModel:
+class HollowModel(Architecture):
     """A LazyModel's parts without weights: the rows of each matrix share one in memory.
 
     Forwards run and tell shapes; what they compute means nothing.
@@ -90,28 +88,12 @@ class HollowModel:
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         """Raises CheckpointError where transformers has no causal language model for it."""
-        with quiet(), parameters_on_meta():
-            self.model = _from_config(_config(checkpoint), checkpoint, torch.float32)
+        super().__init__(checkpoint, torch.float32)
+        with quiet():
             self.model.tie_weights()
-        self.model.eval().requires_grad_(False)
         self.model.set_experts_implementation("eager")  # what multiplies all experts at once needs real strides
-        self.blocks = _decoder_blocks(self.model)
-        names = {module: name for name, module in self.model.named_modules()}
-        self.block_names = [names[block] for block in self.blocks]
         inside = {id(p) for block in self.blocks for p in block.parameters()}
         self._fill(self.model, inside)
-
-    @property
-    def embedding(self) -> nn.Embedding:
-        return cast(nn.Embedding, self.model.get_input_embeddings())
-
-    @property
-    def head(self) -> nn.Linear | None:
-        return cast(nn.Linear | None, self.model.get_output_embeddings())
-
-    @property
-    def tied(self) -> bool:
-        return self.head is not None and self.head.weight is self.embedding.weight
 
     def load_block(self, index: int) -> nn.Module:
         block = self.blocks[index]

@@ -15,7 +15,7 @@ from typing import cast
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     WeightConverter,
@@ -29,33 +29,27 @@ from transformers.utils.loading_report import LoadStateDictInfo
 
 from qronos_export.errors import CheckpointError
 
-from .meta import parameters_on_meta
+from .architecture import Architecture
 from .quiet import quiet
 from .source import Checkpoint
 
 OUTSIDE = -1
 
 
-class LazyModel:
+class LazyModel(Architecture):
     """The architecture with everything outside of its decoder blocks in memory, and the blocks on the meta device.
 
-    `model` is in eval mode, without gradients and without a key-value cache. `load_block(i)` fills block `i` in
-    place; `release_block(i)` drops it again. Loaded whole, it computes exactly what `from_pretrained` does.
+    `load_block(i)` fills block `i` in place; `release_block(i)` drops it again. Loaded whole, it computes exactly what
+    `from_pretrained` does.
     """
 
     def __init__(
         self, checkpoint: Checkpoint, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
     ) -> None:
         """Raises CheckpointError where transformers has no causal language model for it or tensors do not fit."""
+        super().__init__(checkpoint, dtype)
         self.checkpoint = checkpoint
         self.device = torch.device(device)
-        with quiet(), parameters_on_meta():
-            self.model = _from_config(_config(checkpoint), checkpoint, dtype)
-        self.model.eval().requires_grad_(False)
-        self.blocks = _decoder_blocks(self.model)
-        names = {module: name for name, module in self.model.named_modules()}
-        self.block_names = [names[block] for block in self.blocks]
-
         conversions = get_model_conversion_mapping(self.model)
         self._load_config = LoadStateDictConfig(
             device_map={"": self.device},
@@ -65,19 +59,6 @@ class LazyModel:
         )
         self._keys, self.unused = self._keys_by_block(conversions)
         self._materialise_outside()
-
-    @property
-    def embedding(self) -> nn.Embedding:
-        return cast(nn.Embedding, self.model.get_input_embeddings())
-
-    @property
-    def head(self) -> nn.Linear | None:
-        return cast(nn.Linear | None, self.model.get_output_embeddings())
-
-    @property
-    def tied(self) -> bool:
-        """Whether embedding and head are one tensor."""
-        return self.head is not None and self.head.weight is self.embedding.weight
 
     def logits(self, tokens: Tensor, hidden: Tensor) -> Tensor:
         """What the model makes of `hidden` [sequences, length, hidden], outputs of its decoder for `tokens`: float32
@@ -209,34 +190,6 @@ def _one_thread() -> Iterator[None]:
             del os.environ[name]
         else:
             os.environ[name] = before
-
-
-def _config(checkpoint: Checkpoint) -> PreTrainedConfig:
-    config = AutoConfig.from_pretrained(
-        checkpoint.folder, local_files_only=True, trust_remote_code=checkpoint.trust_remote_code
-    )
-    config.get_text_config().use_cache = False
-    return config
-
-
-def _from_config(config: PreTrainedConfig, checkpoint: Checkpoint, dtype: torch.dtype) -> PreTrainedModel:
-    try:
-        return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=checkpoint.trust_remote_code)
-    except (ValueError, ImportError) as error:
-        raise CheckpointError(
-            f"{checkpoint.folder} is a {config.model_type!r}, which transformers does not run as a causal language "
-            f"model: {error}"
-        ) from error
-
-
-def _decoder_blocks(model: PreTrainedModel) -> nn.ModuleList:
-    depth = model.config.get_text_config().num_hidden_layers
-    for module in model.get_decoder().modules():
-        if isinstance(module, nn.ModuleList) and len(module) == depth:
-            return module
-    raise CheckpointError(
-        f"{type(model).__name__} has no list of {depth} decoder blocks; this layout is not supported."
-    )
 
 
 def _check_filled(where: str, parameters: Iterable[tuple[str, Tensor]], checkpoint: Checkpoint) -> None:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from qronos_export.commands.options import ResultsArgument
+
 
 def card(
-    folder: Annotated[Path, typer.Argument(help="What `quantize` wrote.", metavar="DIR")],
+    folder: ResultsArgument,
     repository: Annotated[
         str | None, typer.Argument(help="Where it will be published, for the commands in it.", metavar="OWNER/NAME")
     ] = None,

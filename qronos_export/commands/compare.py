@@ -7,7 +7,15 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from qronos_export.commands.options import ChunksOption, ContextOption, LlamaCppOption, TextOption, console, progress
+from qronos_export.commands.options import (
+    ChunksOption,
+    ContextOption,
+    JsonOption,
+    LlamaCppOption,
+    TextOption,
+    console,
+    progress,
+)
 
 if TYPE_CHECKING:
     from qronos_export.comparison import Compared, Rate
@@ -27,7 +35,7 @@ def compare(
     plot: Annotated[
         Path | None, typer.Option(help="Draw KL divergence against bits: .png, .svg or .pdf.", metavar="FILE")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+    as_json: JsonOption = False,
     llamacpp: LlamaCppOption = None,
 ) -> None:
     """Size, perplexity, KL divergence and speed of several files of one model, and which differences are real.
@@ -37,8 +45,8 @@ def compare(
     from qronos_export.comparison import compare as run_comparison
     from qronos_export.comparison import pairs, sentences
     from qronos_export.comparison_plot import check_plot, draw
-    from qronos_export.llamacpp import find
-    from qronos_export.pipeline import Stage
+    from qronos_export.events import Stage
+    from qronos_export.llamacpp_find import find
     from qronos_export.proof import Held
 
     if plot is not None:

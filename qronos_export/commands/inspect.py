@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from qronos_export.commands.options import console
+from qronos_export.commands.options import console, counted
 from qronos_export.errors import ArtifactError
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ def inspect(
         show(found, console(emoji=False), checked=check)
     if found.errors:
         first = "" if check else f" {_clear(found.errors[0].where)}: {_clear(found.errors[0].what)}."
-        raise ArtifactError(f"{file} has {_counted(len(found.errors), 'error')}.{first}")
+        raise ArtifactError(f"{file} has {counted(len(found.errors), 'error')}.{first}")
 
 
 def show(found: Inspection, console: Console, *, checked: bool) -> None:
@@ -68,7 +68,7 @@ def show(found: Inspection, console: Console, *, checked: bool) -> None:
         for finding in found.findings:
             console.print(f"{finding.severity}  {_clear(finding.where)}  {_clear(finding.what)}", soft_wrap=True)
         counts = Counter(finding.severity for finding in found.findings)
-        console.print(f"{_counted(counts['error'], 'error')}, {_counted(counts['warning'], 'warning')}")
+        console.print(f"{counted(counts['error'], 'error')}, {counted(counts['warning'], 'warning')}")
         return
     _section(console, "metadata", _table(*((key, _entry(entry)) for key, entry in found.metadata.items())))
     if found.tokenizer:
@@ -128,10 +128,6 @@ def _numbers(of: Statistics | None) -> Iterator[str]:
     yield " … ".join(f"{scale:.3g}" for scale in found.get("scale_range") or ())
     yield from ("" if found.get(key) is None else f"{found[key]:.2%}" for key in ("zero_codes", "zero_blocks"))
     yield from ("" if found.get(key) is None else f"{found[key]:.4g}" for key in ("rms", "largest"))
-
-
-def _counted(count: int, what: str) -> str:
-    return f"{count} {what}{'' if count == 1 else 's'}"
 
 
 def _clear(text: str, width: int | None = None) -> str:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import os
 import sys
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from qronos_export.errors import UsageError
-from qronos_export.recipe import Recipe, plain_value
+from qronos_export.recipe import RECIPE_FIELDS, Recipe, load_recipe, plain_value, recipe_from
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -21,6 +23,12 @@ def setting(name: str, help: str, **more: Any) -> Any:
     return typer.Option(help=help, show_default=str(getattr(Recipe, name)), **more)
 
 
+ModelArgument = Annotated[
+    str | None, typer.Argument(help="Folder with config.json and safetensors, hub id, float .gguf, or `demo`.")
+]
+ResultsArgument = Annotated[Path, typer.Argument(help="What `quantize` wrote.", metavar="DIR")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+ReplaceOption = Annotated[bool, typer.Option("--force", help="Replace results in DIR.")]
 LlamaCppOption = Annotated[
     Path | None, typer.Option("--llamacpp", help="Folder of llama.cpp's tools; otherwise found.", metavar="FOLDER")
 ]
@@ -51,6 +59,28 @@ SetOption = Annotated[
     list[str] | None,
     typer.Option("--set", help="Anything of the recipe; wins over its file.", metavar="KEY=VALUE"),
 ]
+OverrideOption = Annotated[
+    list[str] | None,
+    typer.Option(help="Type of the tensors a glob fits; the first that fits counts.", metavar="GLOB=TYPE"),
+]
+OutputTypeOption = Annotated[str | None, typer.Option(help="Type of the output matrix; otherwise the mix's.")]
+EmbeddingTypeOption = Annotated[str | None, typer.Option(help="Type of the embedding; otherwise the mix's.")]
+PureOption = Annotated[bool | None, typer.Option("--pure", help="One type for all tensors, no mix.")]
+MethodOption = Annotated[str | None, setting("method", "qronos, gptaq, gptq (ldlq), gpfq or rtn.")]
+SamplesOption = Annotated[int | None, setting("samples", "Calibration sequences.")]
+SequenceLengthOption = Annotated[int | None, setting("sequence_length", "Tokens a sequence.")]
+MicroBatchOption = Annotated[int | None, setting("micro_batch", "Sequences run at a time.")]
+DeviceOption = Annotated[str | None, setting("device", "auto, cpu, cuda or cuda:i.")]
+
+
+def recipe_of(arguments: Mapping[str, Any]) -> Recipe:
+    """What all `arguments` of a command, by name, ask for together: its options, then --set, then --recipe."""
+    given = dict(setting_of(each) for each in arguments["settings"] or [])
+    given |= {name: value for name, value in arguments.items() if name in RECIPE_FIELDS and value is not None}
+    if arguments["override"]:
+        given["overrides"] = dict(override_of(each) for each in arguments["override"])
+    recipe = arguments["recipe"]
+    return load_recipe(recipe, **given) if recipe else recipe_from(given, "The command line")
 
 
 def override_of(given: str) -> tuple[str, str]:
@@ -65,6 +95,22 @@ def setting_of(given: str) -> tuple[str, Any]:
     if not (separator and key):
         raise UsageError(f"--set {given} is not KEY=VALUE; write for example --set format=INT4_G128.")
     return key, plain_value(value)
+
+
+def counted(count: int, what: str) -> str:
+    """`1 tensor`, `2 tensors`."""
+    return f"{count} {what}{'' if count == 1 else 's'}"
+
+
+def substitute_rows(substitutes: Iterable[Mapping[str, str]]) -> list[tuple[str, str]]:
+    """Rows of a table: the types of tensors whose `wanted` type's blocks do not divide their rows."""
+    found = Counter((each["wanted"], each["type"]) for each in substitutes)
+    rows = []
+    for (wanted, used), count in found.items():
+        verb, whose = ("is", "its") if count == 1 else ("are", "their")
+        said = f"{counted(count, 'tensor')} {verb} {used}: {wanted}'s blocks do not divide {whose} rows"
+        rows.append(("substitutes", said))
+    return rows
 
 
 def table(*rows: tuple[str, str]) -> None:

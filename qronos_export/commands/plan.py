@@ -3,66 +3,65 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from qronos_export.commands.options import (
+    DeviceOption,
+    EmbeddingTypeOption,
     LlamaCppOption,
+    MethodOption,
+    MicroBatchOption,
+    ModelArgument,
+    OutputTypeOption,
+    OverrideOption,
+    PureOption,
     RecipeOption,
+    SamplesOption,
+    SequenceLengthOption,
     SetOption,
-    override_of,
+    recipe_of,
     setting,
-    setting_of,
+    substitute_rows,
     table,
 )
-from qronos_export.recipe import RECIPE_FIELDS, load_recipe, recipe_from
 
 if TYPE_CHECKING:
     from qronos_export.forecast import Forecast
 
 
 def plan(
-    model: Annotated[
-        str | None, typer.Argument(help="Folder with config.json and safetensors, hub id, float .gguf, or `demo`.")
-    ] = None,
+    model: ModelArgument = None,
     format: Annotated[str | None, setting("format", "Types or mixes, comma separated; a file for each.")] = None,
     artifact: Annotated[str | None, setting("artifact", "As for quantize.")] = None,
-    override: Annotated[
-        list[str] | None,
-        typer.Option(help="Type of the tensors a glob fits; the first that fits counts.", metavar="GLOB=TYPE"),
-    ] = None,
-    output_type: Annotated[str | None, typer.Option(help="Type of the output matrix; otherwise the mix's.")] = None,
-    embedding_type: Annotated[str | None, typer.Option(help="Type of the embedding; otherwise the mix's.")] = None,
-    pure: Annotated[bool | None, typer.Option("--pure", help="One type for all tensors, no mix.")] = None,
+    override: OverrideOption = None,
+    output_type: OutputTypeOption = None,
+    embedding_type: EmbeddingTypeOption = None,
+    pure: PureOption = None,
     transforms: Annotated[str | None, setting("transforms", "As for quantize.")] = None,
-    method: Annotated[str | None, setting("method", "qronos, gptaq, gptq (ldlq), gpfq or rtn.")] = None,
+    method: MethodOption = None,
     calibration: Annotated[str | None, setting("calibration", "As for quantize; no text is read.")] = None,
-    samples: Annotated[int | None, setting("samples", "Calibration sequences.")] = None,
-    sequence_length: Annotated[int | None, setting("sequence_length", "Tokens a sequence.")] = None,
+    samples: SamplesOption = None,
+    sequence_length: SequenceLengthOption = None,
     match_lengths: Annotated[
         str | None, typer.Option(help="Prompts, one a line or .jsonl record, for both of these.", metavar="FILE")
     ] = None,
     attention_aware: Annotated[
         bool | None, typer.Option(help="Round q, k and v by what attention does.", show_default="with qronos")
     ] = None,
-    micro_batch: Annotated[int | None, setting("micro_batch", "Sequences run at a time.")] = None,
-    device: Annotated[str | None, setting("device", "auto, cpu, cuda or cuda:i.")] = None,
+    micro_batch: MicroBatchOption = None,
+    device: DeviceOption = None,
     recipe: RecipeOption = None,
     settings: SetOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print all of it as JSON, with every tensor's type.")] = False,
     llamacpp: LlamaCppOption = None,
 ) -> None:
     """Say what quantizing MODEL would write, and what memory, disk and time it would take; a minute, and no weights."""
-    given = {name: value for name, value in locals().items() if name in RECIPE_FIELDS and value is not None}
-    given = dict(setting_of(each) for each in settings or []) | given
-    if override:
-        given["overrides"] = dict(override_of(each) for each in override)
-    wanted = load_recipe(recipe, **given) if recipe else recipe_from(given, "The command line")
+    wanted = recipe_of(locals())
 
     from qronos_export.forecast import forecast
-    from qronos_export.llamacpp import find
+    from qronos_export.llamacpp_find import find
 
     result = forecast(wanted, find(llamacpp))
     if as_json:
@@ -79,11 +78,7 @@ def _show(result: Forecast) -> None:
             ("size", f"{file.bytes:,} bytes, {file.bits_per_weight:.3f} bits a weight"),
             ("types", ", ".join(f"{count} {kind}" for kind, count in file.counts.items())),
         ]
-        instead = Counter((each["wanted"], each["type"]) for each in file.substitutes)
-        rows += [
-            ("substitutes", f"{count} tensors are {used}: {wanted}'s blocks do not divide their rows")
-            for (wanted, used), count in instead.items()
-        ]
+        rows += substitute_rows(file.substitutes)
     rows.append(("peak memory", f"{result.peak_memory_bytes / 1e6:,.0f} MB, at: {result.moment}"))
     rows += [(f"  {term}", f"{size / 1e6:,.1f} MB") for term, size in result.memory[result.moment].items()]
     rows += [(f"flops: {what}", f"{count:.3g}") for what, count in result.flops.items() if count]

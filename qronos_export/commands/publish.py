@@ -7,9 +7,11 @@ from typing import Annotated
 
 import typer
 
+from qronos_export.commands.options import LlamaCppOption, ResultsArgument
+
 
 def publish(
-    folder: Annotated[Path, typer.Argument(help="What `quantize` wrote.", metavar="DIR")],
+    folder: ResultsArgument,
     repository: Annotated[str, typer.Argument(help="Model repository of the hub.", metavar="OWNER/NAME")],
     private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
     revision: Annotated[
@@ -29,9 +31,7 @@ def publish(
     split_size: Annotated[
         str, typer.Option(help="GGUF files above this many bytes become several.", metavar="NUMBER M|G")
     ] = "48G",
-    llamacpp: Annotated[
-        Path | None, typer.Option("--llamacpp", help="Folder of llama.cpp's tools; otherwise found.", metavar="FOLDER")
-    ] = None,
+    llamacpp: LlamaCppOption = None,
 ) -> None:
     """Publish the files of a run on the Hugging Face hub, with model card and report, as one commit.
 
@@ -39,7 +39,7 @@ def publish(
     `hf auth login` or HF_TOKEN. Run again after an interruption, it goes on where it stopped.
     """
     from qronos_export.gate import load_gates
-    from qronos_export.llamacpp import find
+    from qronos_export.llamacpp_find import find
     from qronos_export.publish import megabytes
     from qronos_export.publish import publish as run
     from qronos_export.results import open_results

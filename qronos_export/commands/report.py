@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from qronos_export.commands.options import LlamaCppOption
 from qronos_export.errors import UsageError
 
 
@@ -32,9 +33,7 @@ def report(
     context: Annotated[int, typer.Option("--context", help="Tokens a chunk for --worst.")] = 512,
     chunks: Annotated[int, typer.Option("--chunks", help="Chunks for --worst at most.")] = 8,
     force: Annotated[bool, typer.Option("--force", help="Replace a report in FOLDER.")] = False,
-    llamacpp: Annotated[
-        Path | None, typer.Option("--llamacpp", help="Folder of llama.cpp's tools; otherwise found.", metavar="FOLDER")
-    ] = None,
+    llamacpp: LlamaCppOption = None,
 ) -> None:
     """Write FOLDER/report.html, one page without scripts or anything to fetch, and its pictures as .png."""
     from importlib.util import find_spec
@@ -47,7 +46,7 @@ def report(
     from rich.console import Console
     from rich.progress import Progress
 
-    from qronos_export.llamacpp import find
+    from qronos_export.llamacpp_find import find
     from qronos_export.page import write_page
     from qronos_export.proof import Held
     from qronos_export.runs import compare, read_baselines, read_runs

@@ -12,6 +12,7 @@ from qronos_export.commands.options import (
     CacheVOption,
     ChunksOption,
     ContextOption,
+    JsonOption,
     LlamaCppOption,
     TextOption,
     cache_types,
@@ -41,7 +42,7 @@ def validate(
         str | None,
         typer.Option(help="Write Markdown; github: append it to the job's summary.", metavar="FILE|github"),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+    as_json: JsonOption = False,
     llamacpp: LlamaCppOption = None,
 ) -> None:
     """Perplexity and KL divergence of FILE against its float model: a GGUF in llama.cpp, ONNX in onnxruntime.
@@ -51,7 +52,7 @@ def validate(
     from qronos_export import gate_report
     from qronos_export.errors import GateError, QronosError, UsageError
     from qronos_export.gate import load_gates
-    from qronos_export.llamacpp import find
+    from qronos_export.llamacpp_find import find
     from qronos_export.proof import Held, prove, prove_onnx
 
     gates = load_gates(gate, baseline, max_kld=max_kld, max_ppl_increase=max_ppl_increase)

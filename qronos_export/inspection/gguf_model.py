@@ -137,7 +137,8 @@ def _statistics(header: Header, info: Info) -> Statistics | None:
 def _unread(header: Header) -> Iterator[Finding]:
     counts = Counter(info.type for info in header.tensors if info.nbytes is not None and info.type not in FORMATS)
     for name, count in counts.items():
-        yield Finding(NOTE, name, f"{count} tensors are known by their size only; their values were not read")
+        said = "1 tensor is known by its" if count == 1 else f"{count} tensors are known by their"
+        yield Finding(NOTE, name, f"{said} size only; values were not read")
 
 
 def _tokenizer(header: Header) -> dict[str, Any]:

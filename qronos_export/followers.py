@@ -1,0 +1,56 @@
+"""The processes of a run beside the first: they calibrate with it and write nothing."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from qronos_export.artifact.gguf import GGUFFile
+from qronos_export.artifact.gguf_rows import RowIndex
+from qronos_export.calibration import Clock
+from qronos_export.checkpoint import Checkpoint, LazyModel
+from qronos_export.device import pick_device
+from qronos_export.plan import Mix, Plan
+from qronos_export.ranks import Ranks
+from qronos_export.recipe import Recipe
+from qronos_export.streams import calibrate
+
+
+@dataclass(frozen=True)
+class Work:
+    """What calibration needs to know: int64 `tokens` [samples, length] and all before it. Files are where every process
+    finds them."""
+
+    recipe: Recipe
+    checkpoint: Checkpoint
+    source: Path
+    mixes: list[Mix]
+    tokens: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Nowhere:
+    """What takes the blocks of a stream where another process writes them."""
+
+    mix: Mix
+
+    @property
+    def store(self) -> Nowhere:
+        return self
+
+    def put(self, *blocks: object) -> None:
+        pass
+
+
+def follow(ranks: Ranks) -> None:
+    """The part in `run` of every process but the first."""
+    work: Work = ranks.receive()
+    device = ranks.device(pick_device(work.recipe.device))
+    source = GGUFFile(work.source)
+    plan = Plan(source, RowIndex(source, list(dict.fromkeys(name for mix in work.mixes for name in mix.quantized))))
+    outputs = [Nowhere(mix) for mix in work.mixes]
+    model = LazyModel(work.checkpoint, device)
+    for _ in calibrate(model, plan, outputs, work.tokens.to(device), work.recipe, Clock(), ranks=ranks):
+        pass
