@@ -72,6 +72,28 @@ def test_two_processes_write_what_one_does(
         assert abs(np.mean(drift)) < 0.05 and np.abs(drift).max() < 0.5
 
 
+def test_two_processes_search_as_one_does(llamacpp: LlamaCpp, english: Path, tmp_path: Path) -> None:
+    """Among the same candidates, on inputs that each has some of: the columns of `equalize`, and what they lead to."""
+    model = make("llama", tmp_path / "tiny")
+    options = ("--format", "Q4_0", "--transforms", "equalize", "--method", "gptq")
+    one, two = (quantize(model, tmp_path / str(ranks), english, llamacpp, ranks, *options) for ranks in (1, 2))
+    assert one["recipe"]["transforms"] == two["recipe"]["transforms"] == "equalize"
+    ours, other = (GGUFFile(tmp_path / ranks / one["artifacts"][0]["path"]) for ranks in "12")
+    for name in ("output_norm.weight", "blk.0.attn_norm.weight", "blk.1.ffn_norm.weight"):
+        gains = [np.concatenate([part.numpy() for part in file.floats(name)]) for file in (ours, other)]
+        np.testing.assert_allclose(gains[0], gains[1], rtol=1e-3)
+    assert not np.allclose(gains[0], 1, rtol=1e-2)
+    assert (ours.bytes("blk.0.attn_q.weight") == other.bytes("blk.0.attn_q.weight")).mean() > 0.9
+
+
+def test_both_hear_of_a_transform_that_does_not_fit(llamacpp: LlamaCpp, english: Path, tmp_path: Path) -> None:
+    """Nobody waits for a process that has given up."""
+    model, options = make("gemma3", tmp_path / "tiny"), ("--format", "Q4_0", "--pure")
+    with pytest.raises(ChildProcessError, match="hadamard does not fit"):
+        quantize(model, tmp_path / "out", english, llamacpp, 2, *options, "--transforms", "equalize,hadamard")
+    assert not (tmp_path / "out").exists()
+
+
 def test_too_little_for_two_is_refused(llamacpp: LlamaCpp, english: Path, tmp_path: Path) -> None:
     model = make("llama", tmp_path / "tiny")
     with pytest.raises(ChildProcessError) as refused:

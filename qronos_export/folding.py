@@ -10,8 +10,9 @@ import torch
 
 from qronos_export.checkpoint import Checkpoint, LazyModel
 from qronos_export.errors import TransformError
+from qronos_export.ranks import ALONE, Ranks
 from qronos_export.recipe import Recipe
-from qronos_export.transformed import transformed
+from qronos_export.transformed import assist, transformed
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,15 @@ class Folded:
     notes: list[str]
 
 
+@dataclass(frozen=True)
+class Folding:
+    """What the other processes of a run need to know of `fold`: int64 `tokens` [samples, length] on the CPU."""
+
+    recipe: Recipe
+    checkpoint: Checkpoint
+    tokens: torch.Tensor
+
+
 def fold(
     recipe: Recipe,
     checkpoint: Checkpoint,
@@ -31,15 +41,18 @@ def fold(
     *,
     kind: Callable[[Checkpoint, torch.device], LazyModel] = LazyModel,
     on_progress: Callable[[int, int], None] | None = None,
+    ranks: Ranks = ALONE,
 ) -> Folded:
     """Apply the recipe's transforms, writing below `folder`. What the recipe names has to fit, what `auto` stands for
     may be left out.
 
-    tokens: int64 [samples, length], on the device to compute on. `kind` is how the result will run.
+    tokens: int64 [samples, length], on the device to compute on. `kind` is how the result will run; `ranks`, of
+    which this is the first, `assist`.
     """
     names = recipe.transform_names
     if not names:
         return Folded(checkpoint, [], [])
+    ranks.send(Folding(recipe, checkpoint, tokens.cpu()))
     try:
         done = transformed(
             checkpoint,
@@ -53,9 +66,19 @@ def fold(
             spin_steps=recipe.spin_steps,
             kind=kind,
             on_progress=on_progress,
+            ranks=ranks,
         )
     except TransformError as error:
         if recipe.transforms != "auto":
             raise
         return Folded(checkpoint, [], [str(error)])
     return Folded(done, names, [])
+
+
+def help_fold(work: Folding, device: torch.device, ranks: Ranks) -> None:
+    """The part in `fold` of every process but the first."""
+    recipe = work.recipe
+    assist(
+        work.checkpoint, recipe.transform_names, tokens=work.tokens.to(device), formats=recipe.formats,
+        micro_batch=recipe.micro_batch, ranks=ranks,
+    )  # fmt: skip

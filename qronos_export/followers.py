@@ -1,4 +1,4 @@
-"""The processes of a run beside the first: they calibrate with it and write nothing."""
+"""The processes of a run beside the first: they search and calibrate with it, and write nothing."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from qronos_export.artifact.gguf_rows import RowIndex
 from qronos_export.calibration import Clock
 from qronos_export.checkpoint import Checkpoint, LazyModel
 from qronos_export.device import pick_device
+from qronos_export.folding import Folding, help_fold
 from qronos_export.plan import Mix, Plan
 from qronos_export.ranks import Ranks
 from qronos_export.recipe import Recipe
@@ -46,8 +47,12 @@ class Nowhere:
 
 def follow(ranks: Ranks) -> None:
     """The part in `run` of every process but the first."""
-    work: Work = ranks.receive()
+    work: Work | Folding = ranks.receive()
     device = ranks.device(pick_device(work.recipe.device))
+    if isinstance(work, Folding):
+        help_fold(work, device, ranks)
+        work = ranks.receive()
+        assert isinstance(work, Work)
     source = GGUFFile(work.source)
     plan = Plan(source, RowIndex(source, list(dict.fromkeys(name for mix in work.mixes for name in mix.quantized))))
     outputs = [Nowhere(mix) for mix in work.mixes]

@@ -169,7 +169,7 @@ def _run(
                 tokens = _draw(recipe, original, device, result, clock, pieces, on_progress)
             yield Stage("transforms")
             checkpoint, names, notes = _fold(
-                recipe, original, PROBE.to(device) if tokens is None else tokens, pieces, on_progress
+                recipe, original, PROBE.to(device) if tokens is None else tokens, pieces, on_progress, ranks
             )
             result.notes += notes
             if names:
@@ -326,11 +326,12 @@ def _fold(
     tokens: torch.Tensor,
     pieces: Pieces,
     on_progress: Callable[[int, int], None] | None,
+    ranks: Ranks,
 ) -> tuple[Checkpoint, list[str], list[str]]:
     """`fold` as a piece of the run: the checkpoint, the transforms that fit it, notes."""
 
     def make(folder: Path) -> dict[str, Any]:
-        folded = fold(recipe, original, tokens, folder, on_progress=on_progress)
+        folded = fold(recipe, original, tokens, folder, on_progress=on_progress, ranks=ranks)
         where = str(folded.checkpoint.folder.relative_to(folder)) if folded.transforms else None
         return {"folder": where, "transforms": folded.transforms, "notes": folded.notes}
 

@@ -7,16 +7,18 @@ Tensors on a GPU travel by nccl, others by gloo. Whoever fails ends; torchrun th
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from qronos_export.statistics import LayerStats
+
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,37 @@ class Ranks:
             moment.mul_(own / total)
             dist.all_reduce(moment)
         stats.tokens = total
+
+    def pool(self, mean: Tensor, own: int) -> None:
+        """Make `mean`, over `own` tokens, that over the tokens of all processes."""
+        if self.world > 1:
+            total = torch.tensor(own)
+            dist.all_reduce(total)
+            mean.mul_(own / int(total))
+            dist.all_reduce(mean)
+
+    def largest(self, found: Tensor) -> None:
+        """Make `found` the largest of all processes', number by number."""
+        if self.world > 1:
+            dist.all_reduce(found, dist.ReduceOp.MAX)
+
+    def joined(self, part: Tensor) -> Tensor:
+        """The parts of all processes, along the first dimension."""
+        if self.world == 1:
+            return part
+        parts: list[Any] = [None] * self.world
+        dist.all_gather_object(parts, part.cpu())
+        return torch.cat(parts).to(part.device)
+
+    def values(self, function: Callable[[Item], float], items: Sequence[Item]) -> list[float]:
+        """`function` of every item; each process does some."""
+        if self.world == 1:
+            return [function(item) for item in items]
+        found = torch.zeros(len(items), dtype=torch.float64)
+        for number in range(self.rank, len(items), self.world):
+            found[number] = function(items[number])
+        dist.all_reduce(found)
+        return found.tolist()
 
     def texts(self, text: str) -> list[str]:
         """What each process says, every text once."""

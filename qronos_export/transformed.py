@@ -5,6 +5,7 @@ After the last one logits of both are compared; whatever misread the architectur
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
@@ -18,6 +19,7 @@ from qronos_export.calibration import MicroBatch
 from qronos_export.checkpoint import Checkpoint, CheckpointWriter, LazyModel, open_checkpoint
 from qronos_export.errors import TransformError
 from qronos_export.memory import give_back
+from qronos_export.ranks import ALONE, Ranks
 from qronos_export.transforms import TRANSFORMS, Goal, InputStats, Outside, Transform, Whole
 from qronos_export.transforms.anatomy import Anatomy, dissect
 from qronos_export.transforms.scaling import search_format
@@ -47,6 +49,7 @@ def transformed(
     spin_steps: int = 100,
     kind: Callable[[Checkpoint, torch.device], LazyModel] = LazyModel,
     on_progress: Callable[[int, int], None] | None = None,
+    ranks: Ranks = ALONE,
 ) -> Checkpoint:
     """`checkpoint` after the transforms `names`, written below `folder`; named like the original.
 
@@ -54,20 +57,23 @@ def transformed(
     formats: of the artifacts; searches round to the coarsest, which has the most to lose.
     activations, spin_steps: as in a recipe; `kind` is how the model will run, e.g. with online rotations.
     on_progress: called with (done, total) while a transform learns.
+    ranks:       of which this is the first; the others `assist`.
     Raises TransformError where one does not fit the model, or where the result does not compute the same.
     """
     source = checkpoint
-    format = min(formats, key=lambda each: search_format(each, 256).bits_per_weight)
+    format = coarsest(formats)
     for number, name in enumerate(names):
         try:
             target = folder / f"{number}-{name}" / checkpoint.folder.name  # the converter names a model by its folder
-            transform = TRANSFORMS[name](Goal(format, seed + number, activations, spin_steps))
+            transform = TRANSFORMS[name](Goal(format, seed + number, activations, spin_steps, ranks))
             if transform.learns:
                 transform.learn(whole(kind(source, tokens.device), tokens), on_progress or (lambda done, total: None))
                 give_back()
-            _apply(transform, source, target, tokens, micro_batch)
+            _apply(transform, source, target, tokens, micro_batch, ranks)
         except TransformError as error:
+            ranks.send(None)
             raise TransformError(f"{name} does not fit {checkpoint.name}: {error}.") from error
+        ranks.send(target)
         if source is not checkpoint:
             shutil.rmtree(source.folder)
         source = replace(
@@ -85,12 +91,42 @@ def transformed(
     return source
 
 
-def _apply(transform: Transform, checkpoint: Checkpoint, target: Path, tokens: Tensor, micro_batch: int) -> None:
+def assist(
+    checkpoint: Checkpoint,
+    names: Iterable[str],
+    *,
+    tokens: Tensor,
+    formats: Sequence[str],
+    micro_batch: int,
+    ranks: Ranks,
+) -> None:
+    """The part in `transformed` of every process but the first: some of the sequences and of the searches."""
+    source: Checkpoint = checkpoint
+    for name in names:
+        transform = TRANSFORMS[name](Goal(coarsest(formats), 0, ranks=ranks))
+        if transform.needs_inputs:
+            with contextlib.suppress(TransformError):  # of which the first process tells
+                _apply(transform, source, None, tokens, micro_batch, ranks)
+        target: Path | None = ranks.receive()
+        if target is None:
+            return
+        source = open_checkpoint(str(target), trust_remote_code=checkpoint.trust_remote_code)
+
+
+def coarsest(formats: Sequence[str]) -> str:
+    """Of some artifacts' formats the one that has the most to lose."""
+    return min(formats, key=lambda each: search_format(each, 256).bits_per_weight)
+
+
+def _apply(
+    transform: Transform, checkpoint: Checkpoint, target: Path | None, tokens: Tensor, micro_batch: int, ranks: Ranks
+) -> None:
+    """Transform all of `checkpoint`, written to `target`, if there is one."""
     model = LazyModel(checkpoint, tokens.device)
     decoder = calibration.Decoder(model.model.get_decoder(), model.blocks)
     (probe,) = calibration.enter(decoder, tokens[:1, :_PROBED], 1)
-    some = tokens[:: -(-len(tokens) // SEQUENCES)]  # from all over the text
-    batches = calibration.enter(decoder, some, micro_batch) if transform.needs_inputs else []
+    some = tokens[:: -(-len(tokens) // max(SEQUENCES, ranks.world))]  # from all over the text
+    batches = calibration.enter(decoder, ranks.share(some), micro_batch) if transform.needs_inputs else []
     head, tied = model.head, model.tied
     if head is None:
         raise TransformError("it has no output matrix")
@@ -99,15 +135,17 @@ def _apply(transform: Transform, checkpoint: Checkpoint, target: Path, tokens: T
         tied = False
     norm = _final_norm(model.model.get_decoder(), model.embedding.weight.shape[1])
     transform.outside(Outside(model.embedding, norm, head))
-    writer = CheckpointWriter(model, target)
+    writer = CheckpointWriter(model, target) if target else None
     for index in range(len(model.blocks)):
         module = model.load_block(index)
         anatomy = dissect(module, probe.x, probe.arguments[index])
-        transform.block(anatomy, _observe(module, index, anatomy, batches) if batches else {})
-        writer.block(index)
+        transform.block(anatomy, _observe(module, index, anatomy, batches, ranks) if batches else {})
+        if writer:
+            writer.block(index)
         model.release_block(index)
         give_back()
-    writer.close(tied=tied)
+    if writer:
+        writer.close(tied=tied)
 
 
 def whole(model: LazyModel, tokens: Tensor) -> Whole:
@@ -135,8 +173,11 @@ def _final_norm(decoder: nn.Module, size: int) -> nn.Module:
 
 
 @torch.no_grad()
-def _observe(module: nn.Module, index: int, anatomy: Anatomy, batches: list[MicroBatch]) -> dict[str, InputStats]:
-    """Run the block on all `batches`, which then hold its outputs; what came into the modules that scales concern."""
+def _observe(
+    module: nn.Module, index: int, anatomy: Anatomy, batches: list[MicroBatch], ranks: Ranks
+) -> dict[str, InputStats]:
+    """Run the block on all `batches`, which then hold its outputs; what came into the modules that scales concern, in
+    all `ranks`."""
     modules = dict(module.named_modules())
     places = [reader.name for norm in anatomy.norms for reader in norm.readers[:1]]
     places += [pair.second.name for pair in anatomy.pairs if pair.second.name in modules]
@@ -153,7 +194,7 @@ def _observe(module: nn.Module, index: int, anatomy: Anatomy, batches: list[Micr
             known = stats[name]
             known.hessian.addmm_(x.T, x, beta=before / total, alpha=1 / total)
             known.largest = torch.maximum(known.largest, x.abs().amax(0))
-            share = -(-_SAMPLE // len(batches))
+            share = -(-_SAMPLE // (len(batches) * ranks.world))
             known.sample = torch.cat([known.sample, x[:: max(1, len(x) // share)][:share]])
             seen[name] = total
 
@@ -168,6 +209,10 @@ def _observe(module: nn.Module, index: int, anatomy: Anatomy, batches: list[Micr
     finally:
         for handle in handles:
             handle.remove()
+    for name, known in stats.items():
+        ranks.pool(known.hessian, seen[name])
+        ranks.largest(known.largest)
+        known.sample = ranks.joined(known.sample)
     return stats
 
 

@@ -169,7 +169,7 @@ def test_searches_keep_the_output(kind: type) -> None:
         x = torch.randn(2000, 64, generator=generator)
         x[:, ::16] *= loud
         known = InputStats(x.T @ x / len(x), x.abs().amax(0), x[:500])
-        s = kind("Q4_0").factors([weight], known, lambda factors: factors)
+        s = kind(Goal("Q4_0", 0)).factors([weight], known, lambda factors: factors)
 
         def error(s: torch.Tensor, known: InputStats = known, x: torch.Tensor = x) -> float:
             fmt, importance = FORMATS["Q4_0"], known.hessian.diagonal() / s.square() if kind is AWQ else None
@@ -200,7 +200,7 @@ def test_equalized_columns_round_better_with_feedback() -> None:
     for spread, bound in ((0.0, 1.02), (0.6, 0.85)):
         size = (spread * torch.randn(128, generator=generator)).exp()
         weight = torch.randn(96, 128, generator=generator) * size
-        s = Equalize("Q4_0").factors([weight], known, lambda factors: factors)
+        s = Equalize(Goal("Q4_0", 0)).factors([weight], known, lambda factors: factors)
 
         def error(s: torch.Tensor, weight: torch.Tensor = weight) -> float:
             scaled = LayerStats.of(stats.hessian / s / s[:, None], stats.hessian / s / s[:, None], len(x))

@@ -15,10 +15,10 @@ TRANSFORMS: dict[str, Callable[[Goal], Transform]] = {
     "hadamard": lambda goal: Hadamard(goal.seed),
     "hadamard-r2": lambda goal: HadamardValues(goal.seed),
     "spinquant": SpinQuant,
-    "smoothquant": lambda goal: SmoothQuant(goal.format),
-    "awq": lambda goal: AWQ(goal.format),
-    "aqas": lambda goal: AQAS(goal.format),
-    "equalize": lambda goal: Equalize(goal.format),
+    "smoothquant": SmoothQuant,
+    "awq": AWQ,
+    "aqas": AQAS,
+    "equalize": Equalize,
     "permute": lambda goal: Permute(),
 }
 """Name -> transform, from what it is for."""

@@ -21,7 +21,8 @@ from __future__ import annotations
 import contextlib
 import functools
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -32,13 +33,14 @@ from qronos_export.errors import TransformError
 from qronos_export.rounding.least_squares import normal_equations
 from qronos_export.statistics import LayerStats
 from qronos_export.transforms.anatomy import Anatomy, Norm, Pair
-from qronos_export.transforms.transform import Inputs, InputStats, Transform
+from qronos_export.transforms.transform import Goal, Inputs, InputStats, Transform
 
 STEPS = 20
 _ROWS = 1024  # for a search that needs no more
 _SMALLEST_BLOCK = 32
 _A = (0.0, 1 / 16, 1 / 8, 1 / 4, 1 / 2)
 _B = (0.0, 0.5, 0.75, 0.9, 1.0, 1.1)
+Candidate = TypeVar("Candidate")
 
 
 class Scaling(Transform):
@@ -46,8 +48,8 @@ class Scaling(Transform):
 
     needs_inputs = True
 
-    def __init__(self, format: str) -> None:
-        self._format = format
+    def __init__(self, goal: Goal) -> None:
+        self._format, self._ranks = goal.format, goal.ranks
 
     def block(self, anatomy: Anatomy, inputs: Inputs) -> None:
         for norm in anatomy.norms:
@@ -65,6 +67,11 @@ class Scaling(Transform):
         if not bool(torch.isfinite(inputs.hessian).all()):
             raise TransformError("inputs of a layer overflow on the calibration text")
         return self.factors(weights, inputs, lambda s: s if copies is None else shared(s, copies))
+
+    def _best(self, candidates: Sequence[Candidate], error: Callable[[Candidate], float]) -> Candidate:
+        """The first of those with the least error."""
+        errors = self._ranks.values(error, candidates)
+        return candidates[errors.index(min(errors))]
 
     @abstractmethod
     def factors(self, weights: list[Tensor], inputs: InputStats, share: Callable[[Tensor], Tensor]) -> Tensor:
@@ -106,7 +113,7 @@ class AWQ(Scaling):
         def error(s: Tensor) -> float:
             return sum(_weight_error(weight, s, inputs.hessian, self._format) for weight in weights)
 
-        return _best([share(_centred(rms ** (step / STEPS))) for step in range(STEPS)], error)
+        return self._best([share(_centred(rms ** (step / STEPS))) for step in range(STEPS)], error)
 
 
 class Equalize(Scaling):
@@ -129,9 +136,9 @@ class Equalize(Scaling):
             return float((rounding.square() @ cost).sum() + (some.square() @ noise).sum())
 
         a = 0.0
-        b = min(_B, key=lambda b: error(a, b))
-        a = min(_A, key=lambda a: error(a, b))
-        b = min(_B, key=lambda b: error(a, b))
+        b = self._best(_B, lambda b: error(a, b))
+        a = self._best(_A, lambda a: error(a, b))
+        b = self._best(_B, lambda b: error(a, b))
         return factors(a, b)
 
 
@@ -145,7 +152,7 @@ class AQAS(Scaling):
             )
 
         candidates = [share(_smooth(weights, inputs, step / STEPS)) for step in range(1, STEPS)]
-        return _best([torch.ones_like(candidates[0]), *candidates], error)
+        return self._best([torch.ones_like(candidates[0]), *candidates], error)
 
 
 def conditional_variance(hessian: Tensor) -> Tensor:
@@ -165,10 +172,6 @@ def _smooth(weights: list[Tensor], inputs: InputStats, migration: float) -> Tens
 def _centred(factors: Tensor) -> Tensor:
     """Scaled to a geometric mean of one; what a format's blocks share is no matter of a common factor."""
     return factors / factors.log().mean().exp()
-
-
-def _best(candidates: list[Tensor], error: Callable[[Tensor], float]) -> Tensor:
-    return min(candidates, key=error)
 
 
 def _weight_error(weight: Tensor, s: Tensor, hessian: Tensor, format: str) -> float:

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from qronos_export.ranks import ALONE, Ranks
 from qronos_export.transforms.anatomy import Anatomy
 
 
@@ -19,12 +20,14 @@ class Goal:
     format:      of the artifact, which weights will be rounded to.
     activations: what the run rounds the inputs of matrices to, a name of ACTIVATIONS or none.
     spin_steps:  how often SpinQuant moves its rotations.
+    ranks:       who else searches on the same inputs.
     """
 
     format: str
     seed: int
     activations: str = "none"
     spin_steps: int = 100
+    ranks: Ranks = ALONE
 
 
 @dataclass
