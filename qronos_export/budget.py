@@ -245,7 +245,9 @@ class Budget:
                 search + converted + 2 * float_bytes(self._checkpoint) / machine.disk + _PASSES * passes
                 + share * (flops["forwards"] / (1 + self._streams) + squares * self._tokens) / machine.float32
             )  # fmt: skip
-        spent["forward"] = flops["forwards"] / machine.float32
+        spent["forward"] = flops["forwards"] / (
+            machine.bfloat16 if recipe.compute_dtype == "bfloat16" else machine.float32
+        )
         spent["statistics"] = flops["statistics"] / machine.float32
         spent["rounding"] = sum(self._rounding_seconds())
         spent["write"] = files / machine.disk + self._streams * _PASSES * passes

@@ -19,11 +19,13 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qronos_export.errors import CheckpointError
 from qronos_export.loans import Loans
 from qronos_export.memory import ran_out
+from qronos_export.precision import Linear
 from qronos_export.ranks import ALONE, Ranks
 from qronos_export.statistics import LayerStats
 from qronos_export.suspended import Activation, Block, Routed, Stop, expert_inner, expert_matrices, is_experts
@@ -183,7 +185,13 @@ class _Stream:
     """One quantized stream in one block: a copy of the block, and the forwards of all micro-batches, waiting."""
 
     def __init__(
-        self, module: nn.Module, name: str, number: int, observed: Callable[[str], bool], runtime: Runtime
+        self,
+        module: nn.Module,
+        name: str,
+        number: int,
+        observed: Callable[[str], bool],
+        runtime: Runtime,
+        linear: Linear,
     ) -> None:
         self.number = number
         self.module = copy.deepcopy(module)
@@ -193,7 +201,7 @@ class _Stream:
             return _activation(self.module, f"{name}.{part}", part, stage, partial(runtime.activation, number))
 
         self.activation = activation
-        self.block = Block(self.module, observed, activation)
+        self.block = Block(self.module, observed, activation, linear)
         self.forwards: list[Any] = []
         self._loans: dict[str, Loans] = {}
 
@@ -221,6 +229,7 @@ def walk(
     clock: Clock,
     runtime: Runtime = PLAIN,
     ranks: Ranks = ALONE,
+    linear: Linear = F.linear,
 ) -> Iterator[tuple[int, list[Group]]]:
     """Run decoder block `index` once per stream; at each stop yield, for one quantized stream after another, its number
     and its groups, to be rounded before the next.
@@ -229,6 +238,7 @@ def walk(
     wanted:  whether a weight, named like a checkpoint parameter, will be rounded in any stream.
     runtime: what the quantized streams do beside reading rounded weights.
     ranks:   who else runs this block, with other sequences.
+    linear:  multiplies by the weights that will be rounded, in all streams.
     The first of `batches` is counted.
     Yields before that quantized stream uses the weights; afterwards `batches` holds the block's outputs.
     """
@@ -237,9 +247,9 @@ def walk(
         return _wanted(module, f"{name}.{part}", part, wanted)
 
     first, *others = batches
-    streams = [_Stream(module, name, number, observed, runtime) for number in range(len(first.x_hat))]
+    streams = [_Stream(module, name, number, observed, runtime, linear) for number in range(len(first.x_hat))]
     tokens = ranks.world * sum(batch.tokens.numel() for batch in batches if batch.counted)
-    float_block = Block(module, observed)
+    float_block = Block(module, observed, linear=linear)
     try:
         stops, arrivals, output = float_block.observe(first.x, first.arguments[index])
         forwards = [float_block.start(batch.x, batch.arguments[index]) for batch in others]
@@ -255,7 +265,7 @@ def walk(
                 for batch, payload, forward in zip(batches, payloads, stream.forwards, strict=True):
                     arrived = _switched(forward, clock)
                     if batch.counted:
-                        _observe(groups, stop, module, payload, arrived, batch.held, loans, clock)
+                        _observe(groups, stop, module, payload, arrived, batch.held, loans, clock, linear)
                 stats = [group.stats for group in groups]
                 ranks.combine(stats)
                 if loans and stop.stage == "up":
@@ -388,6 +398,7 @@ def _observe(
     held: bool,
     loans: Loans | None,
     clock: Clock,
+    linear: Linear,
 ) -> None:
     """Add one micro-batch. The quantized stream's routing decides which tokens an expert sees; the float input of
     those same tokens is the other half of each pair."""
@@ -404,7 +415,7 @@ def _observe(
             continue
         assert x_hat.inner is not None
         clock.lap("statistics")
-        inner = expert_inner(experts, expert, x.hidden[token])
+        inner = expert_inner(experts, expert, x.hidden[token], linear)
         borrowed = loans.read(expert, group.stats, x, x_hat)
         clock.lap("forward")
         if len(token):

@@ -23,6 +23,7 @@ from qronos_export.calibration import Group, Matrix
 from qronos_export.layers import round_group
 from qronos_export.live import Live
 from qronos_export.plan import Mix
+from qronos_export.precision import linear
 from qronos_export.rounding import ROUNDERS, Rounder, Settings
 from qronos_export.statistics import LayerStats
 from qronos_export.transforms import TRANSFORMS, Goal, InputStats
@@ -39,18 +40,22 @@ class Machine:
     and written to a disk."""
 
     float32: float
+    bfloat16: float
     float64: float
     memory: float
     disk: float
 
 
 def measure(folder: Path, device: torch.device) -> Machine:
-    """One second of float32 products on `device`, a fifth of one each for the rest; writes 32 MiB below `folder`."""
+    """One second of float32 products on `device`, a fifth of one each for the rest; writes 32 MiB below `folder`. In
+    bfloat16 tensors in float32 are converted on the way, as in a forward."""
     square = torch.randn(_SQUARE, _SQUARE, device=device)
+    in_bfloat16 = linear("bfloat16")
     double, long = square.double(), torch.zeros(1 << 25, device=device)
     flops = 2.0 * _SQUARE**3
     return Machine(
         flops * _per_second(lambda: square @ square, device, 1.0),
+        flops * _per_second(lambda: in_bfloat16(square, square, None), device, 0.2),
         flops * _per_second(lambda: double @ double, device, 0.2),
         long.nbytes * _per_second(lambda: long.sum(), device, 0.2),
         _disk(folder / "measured"),

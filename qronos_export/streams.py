@@ -8,7 +8,7 @@ from typing import Protocol
 
 import torch
 
-from qronos_export import calibration
+from qronos_export import calibration, precision
 from qronos_export.activations import Activation, activation
 from qronos_export.artifact import gguf
 from qronos_export.attention import read_attention
@@ -75,6 +75,7 @@ def calibrate(
     rounder, settings = rounder_settings(recipe)
     decoder = calibration.Decoder(model.model.get_decoder(), model.blocks)
     runtime = _runtime(model, plan, outputs, recipe)
+    linear = precision.linear("float32" if passengers else recipe.compute_dtype)  # passengers are measured
 
     clock.lap(None)
     if not done:
@@ -118,7 +119,7 @@ def calibrate(
                 heads = replace(heads, note="")
             clock.lap("forward")
         stops = calibration.walk(
-            module, index, name, batches, lambda weight: bool(plan.targets(weight)), clock, runtime, ranks
+            module, index, name, batches, lambda weight: bool(plan.targets(weight)), clock, runtime, ranks, linear
         )
         for stream, groups in stops:
             each = outputs[stream]

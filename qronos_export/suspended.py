@@ -17,6 +17,8 @@ import torch.nn.functional as F
 from greenlet import getcurrent, greenlet
 from torch import Tensor, nn
 
+from qronos_export.precision import Linear
+
 Activation = Callable[[Tensor], Tensor]
 """Rounds what a layer reads: float [..., features] to the like."""
 
@@ -54,10 +56,12 @@ class Block:
         module: nn.Module,
         wanted: Callable[[str], bool],
         activation: Callable[[str, str], Activation | None] = lambda name, stage: None,
+        linear: Linear = F.linear,
     ) -> None:
         """`wanted(name)` says whether the weight of the linear or experts module `name` will be rounded;
-        `activation(name, stage)` rounds what its weights of that stage read. What is reported is not rounded yet."""
-        self._activation = activation
+        `activation(name, stage)` rounds what its weights of that stage read. What is reported is not rounded yet.
+        `linear` multiplies by these weights."""
+        self._activation, self._product = activation, linear
         self.module = module
         self._leaders: dict[str, Stop] | None = None  # stop by the name of the module that reaches it first
         self._record: Callable[[str, str, Any], None] | None = None
@@ -123,7 +127,7 @@ class Block:
 
         def forward(x: Tensor) -> Tensor:
             self._arrive(name, "linear", x)
-            return F.linear(activation(x), linear.weight, linear.bias)
+            return self._product(activation(x), linear.weight, linear.bias)
 
         return forward
 
@@ -134,12 +138,15 @@ class Block:
             self._arrive(name, "up", Routed(hidden, index))
             routed = Routed(up(hidden), index)
             used = [expert for expert in index.unique().tolist() if expert < experts.down_proj.shape[0]]
-            inner = {expert: expert_inner(experts, expert, routed.hidden[routed.tokens(expert)]) for expert in used}
+            inner = {
+                expert: expert_inner(experts, expert, routed.hidden[routed.tokens(expert)], self._product)
+                for expert in used
+            }
             self._arrive(name, "down", Routed(hidden, index, inner))
             output = torch.zeros_like(hidden)
             for expert in used:
                 token, slot = (index == expert).nonzero(as_tuple=True)
-                part = _project(experts, "down_proj", expert, down(inner.pop(expert)))
+                part = _project(experts, "down_proj", expert, down(inner.pop(expert)), self._product)
                 if getattr(experts, "has_post_expert_norm", False):
                     part = experts.post_expert_norm(part)
                 output.index_add_(0, token, (part * weights[token, slot, None]).to(output.dtype))
@@ -164,9 +171,9 @@ def expert_matrices(experts: Any, stage: str) -> Iterator[tuple[str, Tensor]]:
         yield f"{name}.{expert}", weight.T if experts.is_transposed else weight
 
 
-def expert_inner(experts: Any, expert: int, hidden: Tensor) -> Tensor:
+def expert_inner(experts: Any, expert: int, hidden: Tensor, linear: Linear = F.linear) -> Tensor:
     """Input of `expert`'s down projection for `hidden` [tokens, hidden]: float [tokens, intermediate]."""
-    up = _project(experts, _up_name(experts), expert, hidden)
+    up = _project(experts, _up_name(experts), expert, hidden, linear)
     return experts._apply_gate(up) if experts.has_gate else experts.act_fn(up)
 
 
@@ -174,7 +181,7 @@ def _up_name(experts: Any) -> str:
     return "gate_up_proj" if experts.has_gate else "up_proj"
 
 
-def _project(experts: Any, name: str, expert: int, x: Tensor) -> Tensor:
+def _project(experts: Any, name: str, expert: int, x: Tensor, linear: Linear) -> Tensor:
     weight = getattr(experts, name)[expert]
     bias = getattr(experts, f"{name}_bias")[expert] if experts.has_bias else None
-    return F.linear(x, weight.T if experts.is_transposed else weight, bias)
+    return linear(x, weight.T if experts.is_transposed else weight, bias)

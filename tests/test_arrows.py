@@ -31,7 +31,16 @@ OUTSIDE = {  # third-party packages, and the only places that may import them
     "torch": ("formats/", "qronos_export/"),
     "numpy": ("formats/", "qronos_export/artifact/"),
 }
-LEAVES = {"errors", "cache", "device", "memory", "statistics", "process", "paired"}  # for anyone; import one another
+LEAVES = {
+    "errors",
+    "cache",
+    "device",
+    "memory",
+    "precision",
+    "statistics",
+    "process",
+    "paired",
+}  # for anyone; import one another
 INSIDE = {  # a module of qronos_export, and what else of qronos_export it may import
     "cli": {"commands", ""},
     "commands": {
@@ -67,7 +76,7 @@ INSIDE = {  # a module of qronos_export, and what else of qronos_export it may i
     "followers": {"artifact", "calibration", "checkpoint", "folding", "plan", "ranks", "recipe", "streams"},
     "folding": {"checkpoint", "ranks", "recipe", "transformed"},
     "output": {"artifact", "plan"},
-    "resolved": {"checkpoint", "corpus", "recipe"},
+    "resolved": {"checkpoint", "corpus", "recipe", "transforms"},
     "choice": {"artifact", "llamacpp", "plan", "recipe"},
     "resume": {"artifact", "calibration", "checkpoint", "plan", "recipe", "report", "workspace"},
     "conversion": {"artifact", "checkpoint", "events", "onnx_export", "recipe", "report", "workspace"},

@@ -11,9 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from formats.ggml_reference import q4_0, q8_0
-from qronos_export import calibration, loans
+from qronos_export import calibration, loans, precision
 from qronos_export.calibration import Clock, Group, Runtime
 from qronos_export.checkpoint import LazyModel, open_checkpoint
+from qronos_export.errors import UsageError
+from qronos_export.recipe import Recipe
+from qronos_export.resolved import computing
 from tests.families import FAMILIES, make
 
 
@@ -34,6 +37,7 @@ def walk(
     batch: int,
     embedding: Tensor | None = None,
     runtime: Runtime = calibration.PLAIN,
+    compute: str = "float32",
 ) -> Iterator[tuple[Group, list]]:
     """Every group of the model, in order, with the micro-batches (whose states are final once this is exhausted)."""
     decoder = calibration.Decoder(model.model.get_decoder(), model.blocks)
@@ -43,7 +47,10 @@ def walk(
     )
     for index, name in enumerate(model.block_names):
         block = model.load_block(index)
-        for _, groups in calibration.walk(block, index, name, batches, lambda weight: True, Clock(), runtime):
+        stops = calibration.walk(
+            block, index, name, batches, lambda weight: True, Clock(), runtime, linear=precision.linear(compute)
+        )
+        for _, groups in stops:
             for group in groups:
                 yield group, batches
         model.release_block(index)
@@ -141,6 +148,38 @@ def test_statistics_are_those_of_hooks(model: LazyModel) -> None:
         moment = inputs.T @ inputs / len(inputs)
         torch.testing.assert_close(stats[name].hessian, moment, rtol=1e-3, atol=1e-4)
         torch.testing.assert_close(stats[name].cross, moment, rtol=1e-3, atol=1e-4)
+
+
+def test_products_in_bfloat16_move_statistics_little(model: LazyModel) -> None:
+    """A product is off by 2^-9 of itself; hidden states stay in float32. Experts may be sent another token."""
+    ids, seen = tokens(model), {}
+    for compute in ("float32", "bfloat16"):
+        seen[compute] = {
+            matrix.name: group.stats.hessian
+            for group, batches in walk(model, ids, 4, compute=compute)
+            for matrix in group.matrices
+            if "experts" not in matrix.name and batches[0].x.dtype == torch.float32
+        }
+    assert seen["float32"].keys() == seen["bfloat16"].keys()
+    off = [float((b - a).norm() / a.norm()) for a, b in zip(*(each.values() for each in seen.values()), strict=True)]
+    assert off[0] == 0 and max(off) < 0.03, off
+    assert max(off) > 1e-5
+
+
+def test_auto_is_bfloat16_where_there_are_units_and_the_grid_is_coarse(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu, able = torch.device("cpu"), True
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: able)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+
+    def resolved(format: str, asked: str = "auto", **more: str) -> str:
+        return computing(Recipe("m", format, compute_dtype=asked, **more), cpu).compute_dtype
+
+    assert resolved("Q4_0") == resolved("Q2_K,Q4_K_M") == resolved("Q8_0", "bfloat16") == "bfloat16"
+    assert resolved("Q8_0") == resolved("Q4_0,Q8_0") == resolved("Q4_0", method="rtn") == "float32"
+    able = False
+    assert resolved("Q4_0") == "float32" and resolved("Q4_0", "bfloat16") == "bfloat16"
+    with pytest.raises(UsageError, match="compute_dtype"):
+        Recipe("m", compute_dtype="float16")
 
 
 def test_each_weight_reads_what_its_own_type_rounds_to(model: LazyModel) -> None:

@@ -86,6 +86,7 @@ def _show(result: Forecast) -> None:
     rows += [(f"  {what}", f"{size / 1e6:,.1f} MB") for what, size in result.disk.items() if size]
     rows.append(("expected time", f"{sum(result.seconds.values()):,.0f} s, validation not included"))
     rows += [(f"  {phase}", f"{seconds:,.1f} s") for phase, seconds in result.seconds.items()]
-    rows.append(("measured", f"{result.machine.float32 / 1e9:,.1f} GFLOP/s in float32 products on this machine, now"))
+    rates = ", ".join(f"{getattr(result.machine, name) / 1e9:,.1f} in {name}" for name in ("float32", "bfloat16"))
+    rows.append(("measured", f"GFLOP/s in matrix products on this machine, now: {rates}"))
     rows += [("note", note) for note in result.notes]
     table(*rows)
