@@ -10,6 +10,7 @@ import torch
 
 from qronos_export.checkpoint import Checkpoint, LazyModel
 from qronos_export.errors import TransformError
+from qronos_export.precision import linear
 from qronos_export.ranks import ALONE, Ranks
 from qronos_export.recipe import Recipe
 from qronos_export.transformed import assist, transformed
@@ -67,6 +68,7 @@ def fold(
             kind=kind,
             on_progress=on_progress,
             ranks=ranks,
+            linear=linear(recipe.compute_dtype),
         )
     except TransformError as error:
         if recipe.transforms != "auto":
@@ -80,5 +82,5 @@ def help_fold(work: Folding, device: torch.device, ranks: Ranks) -> None:
     recipe = work.recipe
     assist(
         work.checkpoint, recipe.transform_names, tokens=work.tokens.to(device), formats=recipe.formats,
-        micro_batch=recipe.micro_batch, ranks=ranks,
+        micro_batch=recipe.micro_batch, ranks=ranks, linear=linear(recipe.compute_dtype),
     )  # fmt: skip

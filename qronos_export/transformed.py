@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qronos_export import calibration
@@ -19,7 +20,9 @@ from qronos_export.calibration import MicroBatch
 from qronos_export.checkpoint import Checkpoint, CheckpointWriter, LazyModel, open_checkpoint
 from qronos_export.errors import TransformError
 from qronos_export.memory import give_back
+from qronos_export.precision import Linear
 from qronos_export.ranks import ALONE, Ranks
+from qronos_export.suspended import Block
 from qronos_export.transforms import TRANSFORMS, Goal, InputStats, Outside, Transform, Whole
 from qronos_export.transforms.anatomy import Anatomy, dissect
 from qronos_export.transforms.scaling import search_format
@@ -50,6 +53,7 @@ def transformed(
     kind: Callable[[Checkpoint, torch.device], LazyModel] = LazyModel,
     on_progress: Callable[[int, int], None] | None = None,
     ranks: Ranks = ALONE,
+    linear: Linear = F.linear,
 ) -> Checkpoint:
     """`checkpoint` after the transforms `names`, written below `folder`; named like the original.
 
@@ -58,6 +62,7 @@ def transformed(
     activations, spin_steps: as in a recipe; `kind` is how the model will run, e.g. with online rotations.
     on_progress: called with (done, total) while a transform learns.
     ranks:       of which this is the first; the others `assist`.
+    linear:      multiplies in the forwards that show inputs.
     Raises TransformError where one does not fit the model, or where the result does not compute the same.
     """
     source = checkpoint
@@ -69,7 +74,7 @@ def transformed(
             if transform.learns:
                 transform.learn(whole(kind(source, tokens.device), tokens), on_progress or (lambda done, total: None))
                 give_back()
-            _apply(transform, source, target, tokens, micro_batch, ranks)
+            _apply(transform, source, target, tokens, micro_batch, ranks, linear)
         except TransformError as error:
             ranks.send(None)
             raise TransformError(f"{name} does not fit {checkpoint.name}: {error}.") from error
@@ -99,6 +104,7 @@ def assist(
     formats: Sequence[str],
     micro_batch: int,
     ranks: Ranks,
+    linear: Linear,
 ) -> None:
     """The part in `transformed` of every process but the first: some of the sequences and of the searches."""
     source: Checkpoint = checkpoint
@@ -106,7 +112,7 @@ def assist(
         transform = TRANSFORMS[name](Goal(coarsest(formats), 0, ranks=ranks))
         if transform.needs_inputs:
             with contextlib.suppress(TransformError):  # of which the first process tells
-                _apply(transform, source, None, tokens, micro_batch, ranks)
+                _apply(transform, source, None, tokens, micro_batch, ranks, linear)
         target: Path | None = ranks.receive()
         if target is None:
             return
@@ -119,7 +125,13 @@ def coarsest(formats: Sequence[str]) -> str:
 
 
 def _apply(
-    transform: Transform, checkpoint: Checkpoint, target: Path | None, tokens: Tensor, micro_batch: int, ranks: Ranks
+    transform: Transform,
+    checkpoint: Checkpoint,
+    target: Path | None,
+    tokens: Tensor,
+    micro_batch: int,
+    ranks: Ranks,
+    linear: Linear,
 ) -> None:
     """Transform all of `checkpoint`, written to `target`, if there is one."""
     model = LazyModel(checkpoint, tokens.device)
@@ -139,7 +151,7 @@ def _apply(
     for index in range(len(model.blocks)):
         module = model.load_block(index)
         anatomy = dissect(module, probe.x, probe.arguments[index])
-        transform.block(anatomy, _observe(module, index, anatomy, batches, ranks) if batches else {})
+        transform.block(anatomy, _observe(module, index, anatomy, batches, ranks, linear) if batches else {})
         if writer:
             writer.block(index)
         model.release_block(index)
@@ -174,7 +186,7 @@ def _final_norm(decoder: nn.Module, size: int) -> nn.Module:
 
 @torch.no_grad()
 def _observe(
-    module: nn.Module, index: int, anatomy: Anatomy, batches: list[MicroBatch], ranks: Ranks
+    module: nn.Module, index: int, anatomy: Anatomy, batches: list[MicroBatch], ranks: Ranks, linear: Linear
 ) -> dict[str, InputStats]:
     """Run the block on all `batches`, which then hold its outputs; what came into the modules that scales concern, in
     all `ranks`."""
@@ -204,9 +216,11 @@ def _observe(
     for name in dict.fromkeys(places):
         if name in modules:
             hook(name)
+    block = Block(module, lambda name: True, linear=linear)
     try:
         calibration.advance(module, index, batches)
     finally:
+        block.restore()
         for handle in handles:
             handle.remove()
     for name, known in stats.items():

@@ -107,7 +107,7 @@ INSIDE = {  # a module of qronos_export, and what else of qronos_export it may i
     "attention": {"rounding"},
     "kv_cache": {"activations", "transforms"},
     "online": {"checkpoint", "suspended", "transforms"},
-    "transformed": {"calibration", "checkpoint", "ranks", "transforms"},
+    "transformed": {"calibration", "checkpoint", "ranks", "suspended", "transforms"},
     "corpus": {"checkpoint"},
     "tasks": set(),
     "validation": {"llamacpp"},
