@@ -33,7 +33,7 @@ from qronos_export.proof import float_type
 from qronos_export.provenance import file_facts, model_facts
 from qronos_export.recipe import Recipe
 from qronos_export.rehearsal import Machine, measure
-from qronos_export.resolved import computing, matched, replayable
+from qronos_export.resolved import matched, replayable
 from qronos_export.survey import Survey, survey
 from qronos_export.transformed import need_inputs
 from qronos_export.transforms import TRANSFORMS, Goal
@@ -95,7 +95,7 @@ def forecast(recipe: Recipe, llamacpp: LlamaCpp) -> Forecast:
     check_recipe(recipe, None, llamacpp)
     device = pick_device(recipe.device)
     checkpoint = open_checkpoint(recipe.model)
-    recipe = computing(matched(recipe, checkpoint), device)
+    recipe = matched(recipe, checkpoint)
     with tempfile.TemporaryDirectory(prefix="qronos-export-") as scratch:
         folder = Path(scratch)
         begun = time.perf_counter()

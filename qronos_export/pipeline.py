@@ -42,7 +42,7 @@ from qronos_export.provenance import dataset_of, file_facts, model_facts, valida
 from qronos_export.ranks import ALONE, Ranks
 from qronos_export.recipe import Recipe
 from qronos_export.report import Artifact, RunReport
-from qronos_export.resolved import computing, matched, replayable
+from qronos_export.resolved import matched, replayable
 from qronos_export.resume import Journal, Pieces, State, identity, resumable
 from qronos_export.streams import calibrate, round_to_nearest, rounded_cache
 from qronos_export.transformed import PROBE, need_inputs
@@ -121,7 +121,7 @@ def _run(
     layouts = [each for each in recipe.artifacts if each != "gguf"]
     versions = report.versions(llamacpp.version) | (onnx_versions() if layouts else {})
     checkpoint = open_checkpoint(recipe.model)
-    recipe = computing(matched(recipe, checkpoint), device)
+    recipe = matched(recipe, checkpoint)
     report_path = output / "report.json"
     paths = {name: output / f"{checkpoint.name}-{name}.gguf" for name in recipe.formats}
     results = [path for path in paths.values() if "gguf" in recipe.artifacts]

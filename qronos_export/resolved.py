@@ -6,24 +6,15 @@ from dataclasses import replace
 
 import torch
 
-from qronos_export import corpus, precision
+from qronos_export import corpus
 from qronos_export.checkpoint import Checkpoint
 from qronos_export.recipe import Recipe
-from qronos_export.transforms.scaling import search_format
 
 
 def replayable(recipe: Recipe, checkpoint: Checkpoint, device: torch.device) -> Recipe:
     """The recipe with what it left open: the device, and the commit that a hub id stood for."""
     model = recipe.model if checkpoint.revision is None else f"{checkpoint.repository}@{checkpoint.revision}"
     return replace(recipe, model=model, device=str(device))
-
-
-def computing(recipe: Recipe, device: torch.device) -> Recipe:
-    """The recipe with the dtype that `compute_dtype: auto` stands for."""
-    if recipe.method == "rtn":  # no forwards
-        return replace(recipe, compute_dtype="float32")
-    bits = max(search_format(each, 256).bits_per_weight for each in recipe.formats)
-    return replace(recipe, compute_dtype=precision.resolved(recipe.compute_dtype, device, bits))
 
 
 def matched(recipe: Recipe, checkpoint: Checkpoint) -> Recipe:

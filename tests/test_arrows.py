@@ -76,7 +76,7 @@ INSIDE = {  # a module of qronos_export, and what else of qronos_export it may i
     "followers": {"artifact", "calibration", "checkpoint", "folding", "plan", "ranks", "recipe", "streams"},
     "folding": {"checkpoint", "ranks", "recipe", "transformed"},
     "output": {"artifact", "plan"},
-    "resolved": {"checkpoint", "corpus", "recipe", "transforms"},
+    "resolved": {"checkpoint", "corpus", "recipe"},
     "choice": {"artifact", "llamacpp", "plan", "recipe"},
     "resume": {"artifact", "calibration", "checkpoint", "plan", "recipe", "report", "workspace"},
     "conversion": {"artifact", "checkpoint", "events", "onnx_export", "recipe", "report", "workspace"},

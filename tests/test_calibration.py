@@ -14,9 +14,6 @@ from formats.ggml_reference import q4_0, q8_0
 from qronos_export import calibration, loans, precision
 from qronos_export.calibration import Clock, Group, Runtime
 from qronos_export.checkpoint import LazyModel, open_checkpoint
-from qronos_export.errors import UsageError
-from qronos_export.recipe import Recipe
-from qronos_export.resolved import computing
 from tests.families import FAMILIES, make
 
 
@@ -164,22 +161,6 @@ def test_products_in_bfloat16_move_statistics_little(model: LazyModel) -> None:
     off = [float((b - a).norm() / a.norm()) for a, b in zip(*(each.values() for each in seen.values()), strict=True)]
     assert off[0] == 0 and max(off) < 0.03, off
     assert max(off) > 1e-5
-
-
-def test_auto_is_bfloat16_where_there_are_units_and_the_grid_is_coarse(monkeypatch: pytest.MonkeyPatch) -> None:
-    cpu, able = torch.device("cpu"), True
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: able)
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
-
-    def resolved(format: str, asked: str = "auto", **more: str) -> str:
-        return computing(Recipe("m", format, compute_dtype=asked, **more), cpu).compute_dtype
-
-    assert resolved("Q4_0") == resolved("Q2_K,Q4_K_M") == resolved("Q8_0", "bfloat16") == "bfloat16"
-    assert resolved("Q8_0") == resolved("Q4_0,Q8_0") == resolved("Q4_0", method="rtn") == "float32"
-    able = False
-    assert resolved("Q4_0") == "float32" and resolved("Q4_0", "bfloat16") == "bfloat16"
-    with pytest.raises(UsageError, match="compute_dtype"):
-        Recipe("m", compute_dtype="float16")
 
 
 def test_each_weight_reads_what_its_own_type_rounds_to(model: LazyModel) -> None:
