@@ -17,6 +17,8 @@ from torch import Tensor
 from qronos_export.statistics import LayerStats
 
 _TRIES = 3
+_SOLVED = 128  # columns of a triangular matrix that is inverted at once
+_WELL_CONDITIONED = 0.1  # of mean(diag H): with so much on the diagonal float32 is exact enough for a correction
 
 
 class SingularError(ArithmeticError):
@@ -65,7 +67,8 @@ class Normal:
         """
         drift = weight @ (self.cross - self.hessian)
         if ridge is not None:
-            matrix = self.hessian.to(torch.float64)
+            dtype = torch.float32 if ridge >= _WELL_CONDITIONED else torch.float64
+            matrix = self.hessian.to(dtype, copy=True)
             matrix.diagonal().add_(ridge * self.unit)
             lower, info = torch.linalg.cholesky_ex(matrix)
             if int(info):
@@ -142,6 +145,18 @@ def _pivots(left: Tensor) -> list[int]:
     return places
 
 
+def _inverse(lower: Tensor) -> Tensor:
+    """Of a lower triangular matrix, by halves: a third of the products that solving for the identity takes."""
+    if len(lower) <= _SOLVED:
+        identity = torch.eye(len(lower), dtype=lower.dtype, device=lower.device)
+        return torch.linalg.solve_triangular(lower, identity, upper=False)
+    half = len(lower) // 2
+    result = torch.zeros_like(lower)
+    result[:half, :half], result[half:, half:] = _inverse(lower[:half, :half]), _inverse(lower[half:, half:])
+    result[half:, :half] = -result[half:, half:] @ (lower[half:, :half] @ result[:half, :half])
+    return result
+
+
 def normal_equations(stats: LayerStats, damping: float, order: str, block: int = _RUN) -> Normal:
     """Factor H + λI with λ = damping · mean(diag H), raising λ tenfold while it is not positive definite.
 
@@ -170,8 +185,7 @@ def normal_equations(stats: LayerStats, damping: float, order: str, block: int =
         damped.diagonal().add_(lam)
         lower, info = torch.linalg.cholesky_ex(damped)
         if int(info) == 0 and bool(torch.isfinite(lower).all()):
-            identity = torch.eye(stats.features, dtype=torch.float64, device=matrix.device)
-            upper = torch.linalg.solve_triangular(lower, identity, upper=False).flip(0, 1)
+            upper = _inverse(lower).flip(0, 1)
             if attempt:
                 note = "; ".join(filter(None, [note, f"damping raised {10**attempt}-fold"]))
             return Normal(hessian, cross, upper, lam, scale, permutation, note)
