@@ -72,12 +72,14 @@ def diffuse_rows(
     turns[0] += alone.nonzero()[:, 0].unbind()
 
     begun, values, blocks = target.clone(), torch.zeros_like(target), None
+    lost = torch.zeros_like(target)  # V − Q of the rows that are rounded
     for members, fed in zip(turns, feeds, strict=True):
         for row, before, weights in fed:
-            begun[row] -= weights @ (begun[before] - values[before])
+            begun[row] -= weights @ lost[before]
         now = torch.stack(members).sort().values
         moved = None if first is None else first[now] + (begun[now, column] - target[now, column])
         part, values[now] = round_rows(begun[now], moved)
+        lost[now] = begun[now] - values[now]
         if blocks is None:
             blocks = torch.empty(len(target), part.shape[1], dtype=part.dtype, device=part.device)
         blocks[now] = part

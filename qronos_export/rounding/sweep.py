@@ -58,7 +58,7 @@ def sweep(
     work = (values if order is None else values[:, order]).T.contiguous()
     anchors = None if anchor is None else (anchor if order is None else anchor[:, order]).T.contiguous()
     places = torch.arange(columns, device=work.device) if order is None else order
-    storage = places.tolist()
+    storage, position = places.tolist(), places.argsort()  # of each sweep position; of each storage column
     errors = torch.empty_like(work)
     codes: Tensor | None = None
     grids: dict[int, Grid] = {}  # by the storage column at which their block begins
@@ -73,8 +73,8 @@ def sweep(
             raise DivergedError(f"feedback diverged before column {start} of {columns}")
         if grid is None and start % fmt.block_size == 0:
             begin = storage[start] // fmt.block_size * fmt.block_size
-            block = places[start : start + fmt.block_size].argsort() + start  # sweep positions in storage order
-            if storage[int(block[0])] != begin or storage[int(block[-1])] != begin + fmt.block_size - 1:
+            block = position[begin : begin + fmt.block_size]
+            if any(not 0 <= column - begin < fmt.block_size for column in storage[start : start + fmt.block_size]):
                 raise ValueError("scales that follow the sweep need an order that meets each block as a whole")
             own = slice(begin, begin + fmt.block_size)
             grids[begin] = fmt.fit(work[block].T, importance[own])
