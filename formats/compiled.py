@@ -32,7 +32,8 @@ def folder() -> Path:
 
 
 def how() -> str:
-    """What searches scales on this machine's CPU: `compiled for AVX512`, say, or `torch: ` and why nothing is compiled.
+    """What searches scales and hands errors on, on this machine's CPU: `compiled for AVX512`, say, or `torch: ` and why
+    nothing is compiled.
 
     Compiles if that was not done before, with $CXX or c++.
     """

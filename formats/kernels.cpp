@@ -2,6 +2,7 @@
 // x with importance w, [size, groups] float32, groups side by side in vectors. Code q of a weight is the level nearest
 // to (x - offset) * inverse. And `diffuse`, the inner loop of error feedback, rows side by side.
 
+#include <cstdint>
 #include <cstring>
 #include <limits>
 #include <vector>
@@ -330,7 +331,7 @@ extern "C" void nearest_integers(long size, long groups, const float *x, const f
 // anchors [columns, rows]:   what is right instead of `work`; or null
 // first [rows]:              what the first column's codes are chosen by; or null
 extern "C" void diffuse(long columns, long reach, long rows, float *work, const float *anchors, const float *feedback,
-                        long stride, const float *first, const long *places, long begin, long size, const float *scales,
+                        long stride, const float *first, const std::int64_t *places, long begin, long size, const float *scales,
                         const float *inverses, const float *offsets, const float *table, const signed char *by_cell,
                         float low, float high, float per_unit, signed char *codes, float *errors) {
     std::vector<float> tile(reach * sizeof(Lanes) / sizeof(float));

@@ -94,14 +94,16 @@ def diffuse(
     """ColumnGrid.diffuse, whose `scales` are scale, inverse and offset [groups, rows]; False where torch has to do it.
 
     work [reach, rows], errors and anchors [columns, rows] are rows of larger tensors, whole and in order, `feedback`
-    [columns, reach] is part of one; `places` int64 [columns] are rows of codes [.., rows].
+    [columns, reach] is part of one; `places` int64 [columns] are rows of codes [.., rows]. The first rows of `work`
+    are left as they were given.
     """
     scale, inverse, offset = scales
     given = [work, errors, feedback, scale, inverse, *(t for t in (offset, anchors, first) if t is not None)]
     if (lib := _library(*given)) is None or (line := _line(levels)) is None:
         return False
-    if not (feedback.stride(1) == 1 and all(t.is_contiguous() for t in given if t is not feedback)):
-        raise ValueError("these tensors have to be contiguous")
+    whole = [each for each in (*given, codes, places) if each is not feedback]
+    if not (feedback.stride(1) == 1 and all(each.is_contiguous() for each in whole) and places.dtype == torch.int64):
+        raise ValueError("these tensors have to be contiguous, and places int64")
     by_cell = cells(levels.levels, torch.device("cpu"))[1] if isinstance(levels, Codebook) else None
     table, *numbers = line
     lib.diffuse(

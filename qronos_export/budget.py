@@ -228,6 +228,7 @@ class Budget:
         """By phase, as in a report. `converted`: what the converter took to write the header."""
         machine, seen, recipe = self._machine, self._seen, self._recipe
         flops, weights = self.flops(), self._weights
+        rate = machine.bfloat16 if recipe.compute_dtype == "bfloat16" else machine.float32
         passes = weights * _FLOAT / machine.memory
         spent = {"load": converted + stored_bytes(self._checkpoint) / machine.disk + _PASSES * passes}
         if self._calibrated and recipe.calibration == "self":
@@ -243,11 +244,9 @@ class Budget:
             )  # fmt: skip
             spent["transforms"] = (
                 search + converted + 2 * float_bytes(self._checkpoint) / machine.disk + _PASSES * passes
-                + share * (flops["forwards"] / (1 + self._streams) + squares * self._tokens) / machine.float32
+                + share * (flops["forwards"] / (1 + self._streams) / rate + squares * self._tokens / machine.float32)
             )  # fmt: skip
-        spent["forward"] = flops["forwards"] / (
-            machine.bfloat16 if recipe.compute_dtype == "bfloat16" else machine.float32
-        )
+        spent["forward"] = flops["forwards"] / rate
         spent["statistics"] = flops["statistics"] / machine.float32
         spent["rounding"] = sum(self._rounding_seconds())
         spent["write"] = files / machine.disk + self._streams * _PASSES * passes

@@ -254,6 +254,8 @@ def _check(recipe: Recipe, model: LazyModel) -> None:
         raise UsageError(
             f"evaluate gives all linear layers one type and leaves the rest float; {idle[0]} is for files."
         )
+    if recipe.compute_dtype != "float32":
+        raise UsageError(f"evaluate measures, and computes in float32, not in {recipe.compute_dtype}; leave it out.")
     if recipe.attention_aware:
         check_attention(model.blocks, model.checkpoint.name)
     if recipe.kv_cache:

@@ -260,6 +260,7 @@ def _run(
                         continue
                     yield Stage(f"validate: {artifact.format}")
                     artifact.validation = against.compare(output / artifact.path, on_chunk=on_progress).to_json()
+                    result.write(report_path)
                     _state(artifact, output / artifact.path, folder)
                     clock.lap("validate")
                     result.seconds = {**clock.seconds, "total": time.perf_counter() - begun}

@@ -134,6 +134,8 @@ class Recipe:
             )
         _one_of("order", self.order, ORDERS)
         _one_of("compute_dtype", self.compute_dtype, COMPUTE_DTYPES)
+        if self.compute_dtype != "float32" and self.method == "rtn" and not self.transform_names:
+            raise UsageError("compute_dtype is for forwards, and method rtn without transforms has none; leave it out.")
         for name in ("spin_steps", "samples", "sequence_length", "micro_batch"):
             if getattr(self, name) < 1:
                 raise UsageError(f"{name} is {getattr(self, name)}; expected at least 1.")

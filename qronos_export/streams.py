@@ -75,7 +75,7 @@ def calibrate(
     rounder, settings = rounder_settings(recipe)
     decoder = calibration.Decoder(model.model.get_decoder(), model.blocks)
     runtime = _runtime(model, plan, outputs, recipe)
-    linear = precision.linear("float32" if passengers else recipe.compute_dtype)  # passengers are measured
+    linear = precision.linear(recipe.compute_dtype)
 
     clock.lap(None)
     if not done:

@@ -107,16 +107,22 @@ def assist(
     linear: Linear,
 ) -> None:
     """The part in `transformed` of every process but the first: some of the sequences and of the searches."""
-    source: Checkpoint = checkpoint
-    for name in names:
+    source, names = checkpoint, list(names)
+    for number, name in enumerate(names, start=1):
         transform = TRANSFORMS[name](Goal(coarsest(formats), 0, ranks=ranks))
         if transform.needs_inputs:
             with contextlib.suppress(TransformError):  # of which the first process tells
                 _apply(transform, source, None, tokens, micro_batch, ranks, linear)
         target: Path | None = ranks.receive()
-        if target is None:
+        if target is None or number == len(names):
             return
         source = open_checkpoint(str(target), trust_remote_code=checkpoint.trust_remote_code)
+
+
+def _spread(count: int, most: int) -> Tensor:
+    """Numbers below `count` from all over: `most` of them, or all."""
+    some = min(count, most)
+    return torch.arange(some) * count // some
 
 
 def coarsest(formats: Sequence[str]) -> str:
@@ -137,8 +143,8 @@ def _apply(
     model = LazyModel(checkpoint, tokens.device)
     decoder = calibration.Decoder(model.model.get_decoder(), model.blocks)
     (probe,) = calibration.enter(decoder, tokens[:1, :_PROBED], 1)
-    some = tokens[:: -(-len(tokens) // max(SEQUENCES, ranks.world))]  # from all over the text
-    batches = calibration.enter(decoder, ranks.share(some), micro_batch) if transform.needs_inputs else []
+    some = ranks.share(tokens[_spread(len(tokens), max(SEQUENCES, ranks.world))])
+    batches = calibration.enter(decoder, some, micro_batch) if transform.needs_inputs else []
     head, tied = model.head, model.tied
     if head is None:
         raise TransformError("it has no output matrix")
@@ -223,7 +229,7 @@ def _observe(
         block.restore()
         for handle in handles:
             handle.remove()
-    for name, known in stats.items():
+    for name, known in ((place, stats[place]) for place in dict.fromkeys(places) if place in stats):
         ranks.pool(known.hessian, seen[name])
         ranks.largest(known.largest)
         known.sample = ranks.joined(known.sample)

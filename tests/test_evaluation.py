@@ -172,6 +172,10 @@ def test_a_mix_is_for_files(text: Path, tmp_path: Path) -> None:
     for format, message in (("Q4_K_M", "there is no format Q4_K_M"), ("Q4_K", "blocks of 256"), ("Q4_0,Q8_0", "one")):
         with pytest.raises(UsageError, match=message):
             measure(model, Recipe(str(model), format, method="rtn"), text)
+    with pytest.raises(UsageError, match="computes in float32, not in bfloat16"):
+        measure(model, Recipe(str(model), "Q8_0", compute_dtype="bfloat16"), text)
+    with pytest.raises(UsageError, match="method rtn without transforms has none"):
+        Recipe(str(model), method="rtn", compute_dtype="bfloat16")
 
 
 def test_an_online_rotation_spreads_what_down_reads(text: Path, tmp_path: Path) -> None:

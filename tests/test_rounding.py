@@ -340,8 +340,8 @@ def test_order_of_quality(fmt: BlockFormat) -> None:
     for name, rounder in ROUNDERS.items():
         stored = rounder(weight, stats, fmt, Settings(damping, 1.0, "natural")).weight.dequantize()
         error[name] = float((wanted - x_hat @ stored.T).square().sum())
-    # What eight bits lose is a millionth of what the drift does, and only Qronos and GPFQ see that.
-    assert max(error["qronos"], error["gptq"], error["gpfq"]) < error["rtn"] * (1 + 2e-6), error
+    slack = 1 + 2e-6 * (fmt.name == "Q8_0")  # it loses a millionth of what the drift does, and GPTQ does not see that
+    assert max(error["qronos"], error["gpfq"]) < error["rtn"] and error["gptq"] < error["rtn"] * slack, error
     assert error["qronos"] < error["gptq"] or fmt.name == "Q1_0", error  # one bit's own error drowns the streams' drift
 
 
@@ -386,6 +386,26 @@ def test_hopeless_statistics_fall_back_to_nearest_and_say_so(name: str, fmt: Blo
     assert rounded.method == "rtn" and "rounded to nearest" in rounded.note
     assert torch.equal(rounded.weight.blocks, fmt.quantize(weight))
     assert bool(torch.isfinite(rounded.loss).all())
+
+
+@pytest.mark.parametrize("order", [None, torch.arange(64)])
+def test_a_sweep_leaves_what_it_is_given(order: Tensor | None) -> None:
+    weight, stats, *_ = problem()
+    given, feedback = weight[:1].clone(), normal_equations(stats, 0.01, "natural").feedback
+    sweep(given, feedback, Q4, importance=stats.hessian.diagonal(), order=order)
+    assert torch.equal(given, weight[:1])
+
+
+@pytest.mark.parametrize("ridge", [0.5, 1e-3])
+def test_a_correction_is_least_squares(ridge: float) -> None:
+    """(H + ρI)⁻¹ in float32 where ρ is large, against numpy's in float64."""
+    weight, stats, *_ = problem(rows=8, columns=256)
+    normal = normal_equations(stats, 0.01, "blocks")
+    hessian, drift = stats.hessian.double(), (stats.cross - stats.hessian).double()
+    rho = ridge * hessian.diagonal().mean() * torch.eye(len(hessian), dtype=torch.float64)
+    expected = weight.double() @ drift @ torch.linalg.inv(hessian + rho)
+    found = normal.project(weight, 1.0, ridge)[0] - weight
+    torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
 
 
 def test_feedback_that_diverges_is_told() -> None:

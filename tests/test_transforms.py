@@ -23,7 +23,7 @@ from qronos_export.rounding.gptq import gptq
 from qronos_export.rounding.rounded import Settings
 from qronos_export.statistics import LayerStats
 from qronos_export.streams import Passengers, calibrate
-from qronos_export.transformed import logits, transformed, whole
+from qronos_export.transformed import SEQUENCES, _spread, logits, transformed, whole
 from qronos_export.transforms import TRANSFORMS, Goal, InputStats
 from qronos_export.transforms.hadamard import hadamard, random_rotation
 from qronos_export.transforms.scaling import AQAS, AWQ, Equalize, conditional_variance
@@ -179,6 +179,13 @@ def test_searches_keep_the_output(kind: type) -> None:
         assert error(s) <= error(torch.ones(64)) * 1.02
         if loud > 1:
             assert error(s) < 0.7 * error(torch.ones(64))
+
+
+def test_every_process_has_a_sequence_to_search_on() -> None:
+    for count, world in ((128, 20), (128, 24), (100, 16), (9, 2), (3, 1)):
+        chosen = _spread(count, max(SEQUENCES, world)).tolist()
+        assert len(chosen) == min(count, max(SEQUENCES, world)) >= min(world, count)
+        assert chosen[0] == 0 and chosen == sorted(set(chosen)) and count - chosen[-1] <= -(-count // len(chosen))
 
 
 def test_conditional_variances_are_in_storage_order() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 from formats import BlockFormat, Grid, QuantizedWeight
-from formats.parallel import one_thread
+from formats.parallel import at_once, one_thread
 from qronos_export.rounding.coupled import diffuse_rows
 from qronos_export.rounding.least_squares import Normal, SingularError, normal_equations
 from qronos_export.rounding.refine import refined
@@ -82,7 +83,8 @@ def diffuse(
 
     if settings.coupled:
         column = 0 if normal.order is None else int(normal.order[0])
-        with one_thread(target.device):
+        few = len(settings.coupled) * target.shape[1] < at_once(target.device)  # weights rounded in one turn
+        with one_thread(target.device) if few else contextlib.nullcontext():
             blocks, values, singular = diffuse_rows(
                 target, first, column, settings.coupled, settings.damping, round_rows
             )

@@ -67,10 +67,12 @@ class Normal:
         """
         drift = weight @ (self.cross - self.hessian)
         if ridge is not None:
-            dtype = torch.float32 if ridge >= _WELL_CONDITIONED else torch.float64
-            matrix = self.hessian.to(dtype, copy=True)
-            matrix.diagonal().add_(ridge * self.unit)
-            lower, info = torch.linalg.cholesky_ex(matrix)
+            for dtype in (torch.float32, torch.float64)[ridge < _WELL_CONDITIONED :]:
+                matrix = self.hessian.to(dtype, copy=True)
+                matrix.diagonal().add_(ridge * self.unit)
+                lower, info = torch.linalg.cholesky_ex(matrix)
+                if not int(info):
+                    break
             if int(info):
                 raise SingularError(f"H + ρI is not positive definite with ρ = {ridge * self.unit:.3g}")
             half = torch.linalg.solve_triangular(lower, drift.T.to(lower.dtype), upper=False)

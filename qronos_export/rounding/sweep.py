@@ -55,7 +55,7 @@ def sweep(
     Returns codes [rows, columns] and grid in storage order, and A − q [columns, rows] in sweep order.
     """
     columns, feedback = values.shape[1], feedback.contiguous()
-    work = (values if order is None else values[:, order]).T.contiguous()
+    work = (values if order is None else values[:, order]).T.clone(memory_format=torch.contiguous_format)
     anchors = None if anchor is None else (anchor if order is None else anchor[:, order]).T.contiguous()
     places = torch.arange(columns, device=work.device) if order is None else order
     storage, position = places.tolist(), places.argsort()  # of each sweep position; of each storage column
