@@ -349,10 +349,11 @@ def test_signals_leave_a_state_and_say_so(
 ) -> None:
     output = tmp_path / "out"
     state = known.copy(output)
+    third = state / f"step-{STEPS - 2:05}.json"
+    third.unlink()  # so that a block is left when it has been made again
 
     def stop(pid: int) -> None:
-        while not (state / "step-00004.json").exists():
-            time.sleep(0.002)
+        wait_for(third, pid)
         os.kill(pid, number)
 
     line = arguments(recipe, output, "--resume")
