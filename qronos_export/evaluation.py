@@ -26,9 +26,10 @@ from qronos_export import calibration
 from qronos_export.activations import activation, check_activations
 from qronos_export.artifact.gguf import StoredTensor, Target
 from qronos_export.attention import check_attention
-from qronos_export.calibration import Clock, Decoder
+from qronos_export.calibration import Clock
 from qronos_export.checkpoint import LazyModel, load_whole, open_checkpoint, round_cache, tokenizer
 from qronos_export.corpus import calibration_tokens, held_out_tokens
+from qronos_export.decoder import Decoder, advance, enter
 from qronos_export.device import pick_device
 from qronos_export.errors import OutputError, UsageError
 from qronos_export.events import Event, Stage, Step
@@ -279,9 +280,9 @@ def _everything(model: LazyModel, recipe: Recipe, store: Store) -> tuple[_Everyt
 
 def _of_floats(model: LazyModel, tokens: Tensor, micro_batch: int) -> Evaluation:
     decoder = Decoder(model.model.get_decoder(), model.blocks)
-    batches = calibration.enter(decoder, tokens, micro_batch)
+    batches = enter(decoder, tokens, micro_batch)
     for index in range(len(model.blocks)):
-        calibration.advance(model.load_block(index), index, batches)
+        advance(model.load_block(index), index, batches)
         model.release_block(index)
         give_back()
     losses = torch.cat([

@@ -16,11 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qronos_export import calibration
 from qronos_export.artifact.onnx_builder import check_packages
-from qronos_export.calibration import Decoder, MicroBatch
 from qronos_export.checkpoint import Checkpoint, LazyModel
 from qronos_export.corpus import Progress, held_out_tokens
+from qronos_export.decoder import Decoder, MicroBatch, advance, enter
 from qronos_export.errors import ArtifactError
 from qronos_export.memory import give_back
 from qronos_export.paired import Chunks
@@ -134,10 +133,10 @@ def _through(
 ) -> tuple[Decoder, list[MicroBatch]]:
     """The decoder, and `tokens` after its last block."""
     decoder = Decoder(model.model.get_decoder(), model.blocks)
-    batches = calibration.enter(decoder, tokens, micro_batch)
+    batches = enter(decoder, tokens, micro_batch)
     count = len(model.blocks)
     for index in range(count):
-        calibration.advance(model.load_block(index), index, batches)
+        advance(model.load_block(index), index, batches)
         model.release_block(index)
         give_back()
         if on_block:

@@ -33,8 +33,9 @@ from torch import Tensor
 
 from qronos_export.artifact.block_store import BlockStore
 from qronos_export.artifact.gguf import GGUFFile
-from qronos_export.calibration import Clock, MicroBatch
+from qronos_export.calibration import Clock
 from qronos_export.checkpoint import Checkpoint
+from qronos_export.decoder import MicroBatch
 from qronos_export.errors import CalibrationError, OutputError, PlanError, TransformError, UsageError
 from qronos_export.memory import peak_memory
 from qronos_export.plan import Mix, Plan

@@ -12,8 +12,9 @@ from qronos_export import calibration, precision
 from qronos_export.activations import Activation, activation
 from qronos_export.artifact import gguf
 from qronos_export.attention import read_attention
-from qronos_export.calibration import Clock, Group, Matrix, MicroBatch
+from qronos_export.calibration import Clock, Group, Matrix
 from qronos_export.checkpoint import LazyModel, head_sizes, round_cache
+from qronos_export.decoder import Decoder, MicroBatch, add_stream, enter
 from qronos_export.kv_cache import KVCache
 from qronos_export.layers import Destinations, Store, round_group
 from qronos_export.memory import give_back
@@ -73,7 +74,7 @@ def calibrate(
     if done == _steps(model):
         return
     rounder, settings = rounder_settings(recipe)
-    decoder = calibration.Decoder(model.model.get_decoder(), model.blocks)
+    decoder = Decoder(model.model.get_decoder(), model.blocks)
     runtime = _runtime(model, plan, outputs, recipe)
     linear = precision.linear(recipe.compute_dtype)
 
@@ -81,12 +82,12 @@ def calibrate(
     if not done:
         _claim_embedding(model, plan)
     apart = held_out(len(tokens), recipe.holds_out_one_in)
-    batches = calibration.enter(decoder, ranks.share(tokens[~apart]), recipe.micro_batch)
+    batches = enter(decoder, ranks.share(tokens[~apart]), recipe.micro_batch)
     if bool(apart.any()):
-        batches += calibration.enter(decoder, ranks.share(tokens[apart]), recipe.micro_batch, held=True)
-    (probe,) = calibration.enter(decoder, tokens[:1], 1)  # how a block rotates by position shows on any hidden states
+        batches += enter(decoder, ranks.share(tokens[apart]), recipe.micro_batch, held=True)
+    (probe,) = enter(decoder, tokens[:1], 1)  # how a block rotates by position shows on any hidden states
     if passengers:
-        passengers.batches = calibration.enter(decoder, passengers.tokens, recipe.micro_batch, counted=False)
+        passengers.batches = enter(decoder, passengers.tokens, recipe.micro_batch, counted=False)
         batches = [*batches, *passengers.batches]
     if journal and done:
         journal.restore(batches)
@@ -96,7 +97,7 @@ def calibrate(
         yield from round_group(embedding, plan, each.mix, ROUNDERS["rtn"], settings, each.store, ranks=ranks)
         clock.lap("rounding")
         stored = embedding.matrices[0].quantized
-        calibration.add_stream(decoder, model.embedding, stored, batches)
+        add_stream(decoder, model.embedding, stored, batches)
         if passengers and model.tied:
             passengers.heads.append(stored)
         del embedding, stored

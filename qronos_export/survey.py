@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from qronos_export.attention import Attention, read_attention
-from qronos_export.calibration import Decoder, block_matrices
+from qronos_export.calibration import block_matrices
 from qronos_export.checkpoint import HollowModel
 from qronos_export.corpus import at_a_time
+from qronos_export.decoder import Decoder
 from qronos_export.live import Live
 from qronos_export.suspended import Block, expert_matrices
 

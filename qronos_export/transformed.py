@@ -15,9 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qronos_export import calibration
-from qronos_export.calibration import MicroBatch
 from qronos_export.checkpoint import Checkpoint, CheckpointWriter, LazyModel, open_checkpoint
+from qronos_export.decoder import Decoder, MicroBatch, advance, enter
 from qronos_export.errors import TransformError
 from qronos_export.memory import give_back
 from qronos_export.precision import Linear
@@ -141,10 +140,10 @@ def _apply(
 ) -> None:
     """Transform all of `checkpoint`, written to `target`, if there is one."""
     model = LazyModel(checkpoint, tokens.device)
-    decoder = calibration.Decoder(model.model.get_decoder(), model.blocks)
-    (probe,) = calibration.enter(decoder, tokens[:1, :_PROBED], 1)
+    decoder = Decoder(model.model.get_decoder(), model.blocks)
+    (probe,) = enter(decoder, tokens[:1, :_PROBED], 1)
     some = ranks.share(tokens[_spread(len(tokens), max(SEQUENCES, ranks.world))])
-    batches = calibration.enter(decoder, some, micro_batch) if transform.needs_inputs else []
+    batches = enter(decoder, some, micro_batch) if transform.needs_inputs else []
     head, tied = model.head, model.tied
     if head is None:
         raise TransformError("it has no output matrix")
@@ -170,8 +169,8 @@ def whole(model: LazyModel, tokens: Tensor) -> Whole:
     """All of `model`, loaded. Raises TransformError where it has no output matrix to learn from."""
     if model.head is None:
         raise TransformError("it has no output matrix")
-    decoder = calibration.Decoder(model.model.get_decoder(), model.blocks)
-    (probe,) = calibration.enter(decoder, tokens[:1, :_PROBED], 1)
+    decoder = Decoder(model.model.get_decoder(), model.blocks)
+    (probe,) = enter(decoder, tokens[:1, :_PROBED], 1)
     blocks = [model.load_block(index) for index in range(len(model.blocks))]
     anatomies = [dissect(block, probe.x, probe.arguments[index]) for index, block in enumerate(blocks)]
 
@@ -224,7 +223,7 @@ def _observe(
             hook(name)
     block = Block(module, lambda name: True, linear=linear)
     try:
-        calibration.advance(module, index, batches)
+        advance(module, index, batches)
     finally:
         block.restore()
         for handle in handles:
@@ -240,10 +239,10 @@ def _observe(
 def logits(checkpoint: Checkpoint, tokens: Tensor) -> Tensor:
     """What the head returns, before any cap of the model's: float32 [sequences, length, vocabulary], block by block."""
     model = LazyModel(checkpoint, tokens.device)
-    decoder = calibration.Decoder(model.model.get_decoder(), model.blocks)
-    batches = calibration.enter(decoder, tokens, len(tokens))
+    decoder = Decoder(model.model.get_decoder(), model.blocks)
+    batches = enter(decoder, tokens, len(tokens))
     for index in range(len(model.blocks)):
-        calibration.advance(model.load_block(index), index, batches)
+        advance(model.load_block(index), index, batches)
         model.release_block(index)
     assert model.head is not None
     return model.head(decoder.leave(tokens, batches[0].x)).float()

@@ -18,6 +18,7 @@ from qronos_export.attention import Attention, Rotation, check_attention, read_a
 from qronos_export.calibration import Clock, Group, Matrix
 from qronos_export.checkpoint import LazyModel, open_checkpoint
 from qronos_export.corpus import held_out_text
+from qronos_export.decoder import Decoder, add_stream, enter
 from qronos_export.errors import UsageError
 from qronos_export.evaluation import Evaluated, evaluate
 from qronos_export.layers import round_group
@@ -173,13 +174,13 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 def read(model: LazyModel) -> tuple[Attention, Tensor, LayerStats]:
     """The first block's attention, some hidden states, and the statistics of what its q, k and v read."""
-    decoder = calibration.Decoder(model.model.get_decoder(), model.blocks)
+    decoder = Decoder(model.model.get_decoder(), model.blocks)
     ids = torch.randint(5, model.embedding.num_embeddings, (3, 16), generator=torch.Generator().manual_seed(0))
-    batches = calibration.enter(decoder, ids, 3)
+    batches = enter(decoder, ids, 3)
     block, name = model.load_block(0), model.block_names[0]
     attention = read_attention(block, name, batches[0].x, batches[0].arguments[0])
     assert attention is not None
-    calibration.add_stream(decoder, model.embedding, model.embedding.weight, batches)
+    add_stream(decoder, model.embedding, model.embedding.weight, batches)
     _, (group,) = next(calibration.walk(block, 0, name, batches, lambda _: True, Clock()))
     return attention, batches[0].x, group.stats
 

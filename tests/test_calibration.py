@@ -14,6 +14,7 @@ from formats.ggml_reference import q4_0, q8_0
 from qronos_export import calibration, loans, precision
 from qronos_export.calibration import Clock, Group, Runtime
 from qronos_export.checkpoint import LazyModel, open_checkpoint
+from qronos_export.decoder import Decoder, add_stream, enter
 from tests.families import FAMILIES, make
 
 
@@ -37,11 +38,9 @@ def walk(
     compute: str = "float32",
 ) -> Iterator[tuple[Group, list]]:
     """Every group of the model, in order, with the micro-batches (whose states are final once this is exhausted)."""
-    decoder = calibration.Decoder(model.model.get_decoder(), model.blocks)
-    batches = calibration.enter(decoder, ids, batch)
-    calibration.add_stream(
-        decoder, model.embedding, model.embedding.weight if embedding is None else embedding, batches
-    )
+    decoder = Decoder(model.model.get_decoder(), model.blocks)
+    batches = enter(decoder, ids, batch)
+    add_stream(decoder, model.embedding, model.embedding.weight if embedding is None else embedding, batches)
     for index, name in enumerate(model.block_names):
         block = model.load_block(index)
         stops = calibration.walk(
@@ -61,7 +60,7 @@ def coarse(weight: Tensor) -> Tensor:
 
 def leave(model: LazyModel, batches: list, stream: int | None) -> Tensor:
     """What the head reads in a quantized stream, or in the float stream (None)."""
-    decoder = calibration.Decoder(model.model.get_decoder(), model.blocks)
+    decoder = Decoder(model.model.get_decoder(), model.blocks)
     states = [batch.x if stream is None else batch.x_hat[stream] for batch in batches]
     return torch.cat([decoder.leave(batch.tokens, state) for batch, state in zip(batches, states, strict=True)])
 
@@ -102,10 +101,10 @@ def test_streams_side_by_side_are_streams_alone(model: LazyModel) -> None:
     roundings = [lambda weight: weight, coarse]
 
     def run(chosen: list[int]) -> dict[tuple[int, str], Tensor]:
-        decoder = calibration.Decoder(model.model.get_decoder(), model.blocks)
-        batches = calibration.enter(decoder, ids, 4)
+        decoder = Decoder(model.model.get_decoder(), model.blocks)
+        batches = enter(decoder, ids, 4)
         for _ in chosen:
-            calibration.add_stream(decoder, model.embedding, model.embedding.weight, batches)
+            add_stream(decoder, model.embedding, model.embedding.weight, batches)
         seen = {}
         for index, name in enumerate(model.block_names):
             block = model.load_block(index)
@@ -226,10 +225,10 @@ def test_each_block_runs_once_per_stream(model: LazyModel) -> None:
         return original(self, hidden)
 
     ids = tokens(model)
-    decoder = calibration.Decoder(model.model.get_decoder(), model.blocks)
-    batches = calibration.enter(decoder, ids, 2)
+    decoder = Decoder(model.model.get_decoder(), model.blocks)
+    batches = enter(decoder, ids, 2)
     for _ in range(2):
-        calibration.add_stream(decoder, model.embedding, model.embedding.weight, batches)
+        add_stream(decoder, model.embedding, model.embedding.weight, batches)
     kind = type(model.blocks[0].get_submodule(norm))
     norms = sum(
         type(part) is kind and part.weight.numel() == batches[0].x.shape[-1] for part in model.blocks[0].modules()
@@ -316,9 +315,9 @@ def test_the_quantized_stream_starts_from_the_quantized_embedding(tmp_path: Path
     model = LazyModel(open_checkpoint(str(make("llama", tmp_path / "llama"))))
     ids = tokens(model)
     table = model.embedding.weight.clone()
-    decoder = calibration.Decoder(model.model.get_decoder(), model.blocks)
-    batches = calibration.enter(decoder, ids, 4)
-    calibration.add_stream(decoder, model.embedding, coarse(table), batches)
+    decoder = Decoder(model.model.get_decoder(), model.blocks)
+    batches = enter(decoder, ids, 4)
+    add_stream(decoder, model.embedding, coarse(table), batches)
     assert torch.equal(model.embedding.weight, table)
     assert torch.equal(torch.cat([b.x for b in batches]), table[ids])
     assert torch.equal(torch.cat([b.x_hat[0] for b in batches]), coarse(table)[ids])

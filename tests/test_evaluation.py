@@ -18,10 +18,11 @@ from safetensors.torch import save_file
 from formats import FORMATS
 from formats.ggml_reference import q8_0, q8_k
 from qronos_export.activations import ACTIVATIONS, activation
-from qronos_export.calibration import Clock, Decoder, add_stream, block_matrices, enter, walk
+from qronos_export.calibration import Clock, block_matrices, walk
 from qronos_export.checkpoint import LazyModel, load_whole, open_checkpoint
 from qronos_export.checkpoint.lazy import read_finite
 from qronos_export.corpus import held_out_text, held_out_tokens
+from qronos_export.decoder import Decoder, add_stream, enter
 from qronos_export.errors import OutputError, TransformError, UsageError
 from qronos_export.evaluation import Evaluated, Evaluation, _everything, evaluate
 from qronos_export.events import Step

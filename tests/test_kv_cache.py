@@ -16,6 +16,7 @@ from qronos_export.activations import per_token
 from qronos_export.artifact.gguf import Target
 from qronos_export.calibration import Clock, Runtime
 from qronos_export.checkpoint import LazyModel, head_sizes, open_checkpoint, round_cache
+from qronos_export.decoder import Decoder, add_stream, enter
 from qronos_export.errors import UsageError
 from qronos_export.kv_cache import KVCache
 from qronos_export.recipe import Recipe
@@ -38,9 +39,9 @@ def test_only_the_quantized_stream_attends_to_rounded_ones(
     model = LazyModel(open_checkpoint(str(make(family, tmp_path / "tiny"))))
     assert head_sizes(model) == {32}
     ids = torch.randint(5, 1000, (4, 24), generator=torch.Generator().manual_seed(0))
-    decoder = calibration.Decoder(model.model.get_decoder(), model.blocks)
-    batches = calibration.enter(decoder, ids, 2)
-    calibration.add_stream(decoder, model.embedding, model.embedding.weight, batches)
+    decoder = Decoder(model.model.get_decoder(), model.blocks)
+    batches = enter(decoder, ids, 2)
+    add_stream(decoder, model.embedding, model.embedding.weight, batches)
     runtime = Runtime(prepare=lambda block, name: round_cache(block, q4_0, q4_1))
     for index, name in enumerate(model.block_names):
         for _ in calibration.walk(model.load_block(index), index, name, batches, lambda _: True, Clock(), runtime):

@@ -12,8 +12,9 @@ import torch
 import torch.nn.functional as F
 
 from formats import FORMATS
-from qronos_export.calibration import Clock, Decoder
+from qronos_export.calibration import Clock
 from qronos_export.checkpoint import Checkpoint, LazyModel, load_whole, open_checkpoint
+from qronos_export.decoder import Decoder
 from qronos_export.errors import TransformError
 from qronos_export.evaluation import _everything, _Nowhere
 from qronos_export.online import Rotated
