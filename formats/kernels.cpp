@@ -51,17 +51,17 @@ template <class V> static V round(V v) { return (v + 12582912.0f) - 12582912.0f;
 // v where it is finite, else `other`.
 template <class V> static V finite_or(V v, V other) { return v - v == V{} ? v : other; }
 
+// The level nearest to v; its code goes into `codes`, as many as V has lanes, unless that is null.
 struct Integers {
     float low, high;
-    template <class V> V nearest(V v) const { return round(clamp(v, V{} + low, V{} + high)); }
 
-    // Its code as well, into `codes`: as many as V has lanes.
-    template <class V> V nearest(V v, signed char *codes) const {
-        const V level = nearest(v);
+    template <class V> V nearest(V v, signed char *codes = nullptr) const {
+        const V level = round(clamp(v, V{} + low, V{} + high));
         constexpr int lanes = sizeof(V) / sizeof(float);
         float levels[lanes];
-        store(levels, level);
-        for (int lane = 0; lane < lanes; lane++) codes[lane] = static_cast<signed char>(static_cast<int>(levels[lane]));
+        if (codes) store(levels, level);
+        for (int lane = 0; codes && lane < lanes; lane++)
+            codes[lane] = static_cast<signed char>(static_cast<int>(levels[lane]));
         return level;
     }
 };
@@ -71,28 +71,16 @@ struct Codebook {
     float low, high, per_unit;
     const signed char *codes = nullptr; // by cell as well
 
-    template <class V> V cell(V v) const {
+    template <class V> V nearest(V v, signed char *written = nullptr) const {
+        constexpr int lanes = sizeof(V) / sizeof(float);
+        float cells[lanes], found[lanes];
         v = clamp(v * per_unit, V{} + low, V{} + high);
         const V below = round(v);
-        return (below < v ? below + 1.0f : below) - low;
-    }
-
-    template <class V> V nearest(V v) const {
-        constexpr int lanes = sizeof(V) / sizeof(float);
-        float cells[lanes], found[lanes];
-        store(cells, cell(v));
-        for (int lane = 0; lane < lanes; lane++) found[lane] = levels[static_cast<int>(cells[lane])];
-        return load<V>(found);
-    }
-
-    template <class V> V nearest(V v, signed char *written) const {
-        constexpr int lanes = sizeof(V) / sizeof(float);
-        float cells[lanes], found[lanes];
-        store(cells, cell(v));
+        store(cells, (below < v ? below + 1.0f : below) - low);
         for (int lane = 0; lane < lanes; lane++) {
             const int at = static_cast<int>(cells[lane]);
             found[lane] = levels[at];
-            written[lane] = codes[at];
+            if (written) written[lane] = codes[at];
         }
         return load<V>(found);
     }

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from qronos_export.commands.options import ReplaceOption, progress, table
+from qronos_export.commands.options import ACCURACY, ReplaceOption, progress, table
 
 
 def convert(
@@ -19,9 +19,7 @@ def convert(
             help="onnx (onnxruntime-genai), onnx-js (transformers.js), onnx-plain, onnx-mx (opset 24); comma separated."
         ),
     ] = "onnx",
-    accuracy_level: Annotated[
-        int, typer.Option(help="How ONNX multiplies: 4 with inputs rounded to int8, 0 in float.")
-    ] = 4,
+    accuracy_level: Annotated[int, typer.Option(help=ACCURACY)] = 4,
     like: Annotated[
         str | None,
         typer.Option(

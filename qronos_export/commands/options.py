@@ -70,6 +70,19 @@ MethodOption = Annotated[str | None, setting("method", "qronos, gptaq, gptq (ldl
 SamplesOption = Annotated[int | None, setting("samples", "Calibration sequences.")]
 SequenceLengthOption = Annotated[int | None, setting("sequence_length", "Tokens a sequence.")]
 MicroBatchOption = Annotated[int | None, setting("micro_batch", "Sequences run at a time.")]
+MatchLengthsOption = Annotated[
+    str | None,
+    typer.Option(
+        help="Prompts, one a line or .jsonl record: sequences get their median length, samples make up.", metavar="FILE"
+    ),
+]
+AttentionAwareOption = Annotated[
+    bool | None,
+    typer.Option(
+        help="Round q, k and v by what attention does with their outputs; slower.", show_default="with qronos"
+    ),
+]
+ACCURACY = "How ONNX multiplies: 4 with inputs rounded to int8, 0 in float."
 DeviceOption = Annotated[str | None, setting("device", "auto, cpu, cuda or cuda:i.")]
 
 

@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from qronos_export.commands.options import (
+    AttentionAwareOption,
     DeviceOption,
     EmbeddingTypeOption,
     LlamaCppOption,
+    MatchLengthsOption,
     MethodOption,
     MicroBatchOption,
     ModelArgument,
@@ -44,12 +46,8 @@ def plan(
     calibration: Annotated[str | None, setting("calibration", "As for quantize; no text is read.")] = None,
     samples: SamplesOption = None,
     sequence_length: SequenceLengthOption = None,
-    match_lengths: Annotated[
-        str | None, typer.Option(help="Prompts, one a line or .jsonl record, for both of these.", metavar="FILE")
-    ] = None,
-    attention_aware: Annotated[
-        bool | None, typer.Option(help="Round q, k and v by what attention does.", show_default="with qronos")
-    ] = None,
+    match_lengths: MatchLengthsOption = None,
+    attention_aware: AttentionAwareOption = None,
     micro_batch: MicroBatchOption = None,
     device: DeviceOption = None,
     recipe: RecipeOption = None,

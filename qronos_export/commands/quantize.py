@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from qronos_export.commands.options import (
+    ACCURACY,
+    AttentionAwareOption,
     CacheKOption,
     CacheVOption,
     ChunksOption,
@@ -19,6 +21,7 @@ from qronos_export.commands.options import (
     DeviceOption,
     EmbeddingTypeOption,
     LlamaCppOption,
+    MatchLengthsOption,
     MethodOption,
     MicroBatchOption,
     ModelArgument,
@@ -61,9 +64,7 @@ def quantize(
             "onnx-mx (opset 24).",
         ),
     ] = None,
-    accuracy_level: Annotated[
-        int | None, setting("accuracy_level", "How ONNX multiplies: 4 with inputs rounded to int8, 0 in float.")
-    ] = None,
+    accuracy_level: Annotated[int | None, setting("accuracy_level", ACCURACY)] = None,
     override: OverrideOption = None,
     output_type: OutputTypeOption = None,
     embedding_type: EmbeddingTypeOption = None,
@@ -83,13 +84,7 @@ def quantize(
     ] = None,
     samples: SamplesOption = None,
     sequence_length: SequenceLengthOption = None,
-    match_lengths: Annotated[
-        str | None,
-        typer.Option(
-            help="Prompts, one a line or .jsonl record: sequences get their median length, samples make up.",
-            metavar="FILE",
-        ),
-    ] = None,
+    match_lengths: MatchLengthsOption = None,
     seed: Annotated[int | None, setting("seed", "Of the choice or sampling of text.")] = None,
     damping: Annotated[float | None, setting("damping", "λ as a share of mean(diag H).")] = None,
     shrinkage: Annotated[
@@ -102,12 +97,7 @@ def quantize(
     order: Annotated[
         str | None, setting("order", "Columns: natural, descending, min_pivot, or blocks: heavy ones first.")
     ] = None,
-    attention_aware: Annotated[
-        bool | None,
-        typer.Option(
-            help="Round q, k and v by what attention does with their outputs; slower.", show_default="with qronos"
-        ),
-    ] = None,
+    attention_aware: AttentionAwareOption = None,
     micro_batch: MicroBatchOption = None,
     device: DeviceOption = None,
     recipe: RecipeOption = None,
