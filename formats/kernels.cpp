@@ -312,6 +312,36 @@ extern "C" void nearest_integers(long size, long groups, const float *x, const f
     }
 }
 
+// magr.clipped of rounding/magr.py: t of rows [groups, size], for what each has `paid`. Newton's steps from below on a
+// convex function whose slope is how many weights are larger.
+extern "C" void peaks(long size, long groups, const float *rows, const float *paid, float *found) {
+    constexpr long lanes = sizeof(Lanes) / sizeof(float);
+    for (long group = 0; group < groups; group++) {
+        const float *row = rows + group * size;
+        float peak = 0.0f;
+        for (;;) {
+            Lanes sums{}, counts{};
+            long i = 0;
+            for (; i + lanes <= size; i += lanes) {
+                Lanes v = load<Lanes>(row + i);
+                v = v < Lanes{} ? -v : v;
+                sums += v > peak ? v : Lanes{};
+                counts += v > peak ? Lanes{} + 1.0f : Lanes{};
+            }
+            float sum = 0.0f, count = 0.0f;
+            for (long lane = 0; lane < lanes; lane++) sum += sums[lane], count += counts[lane];
+            for (; i < size; i++) {
+                const float v = row[i] < 0.0f ? -row[i] : row[i];
+                if (v > peak) sum += v, count += 1.0f;
+            }
+            const float next = (sum - paid[group]) / count;
+            if (!(next > peak)) break; // and where no weight is larger: not a number
+            peak = next;
+        }
+        found[group] = peak;
+    }
+}
+
 // ColumnGrid.diffuse of rounding/sweep.py: rounds the first `columns` of `reach` columns `work` [reach, rows] one after
 // another and takes `feedback`[t, s] times what that did wrong from all later ones, s > t.
 //

@@ -114,6 +114,17 @@ def diffuse(
     return True
 
 
+def peaks(rows: Tensor, paid: Tensor) -> Tensor | None:
+    """t ≥ 0 where Σ max(|v| − t, 0) = a for each row v of `rows` [n, size] and its a of `paid` [n], or 0 where that sum
+    is smaller for any t: [n]."""
+    if (lib := _library(rows, paid)) is None:
+        return None
+    rows, paid = rows.contiguous(), paid.contiguous()
+    found = torch.empty_like(paid)
+    lib.peaks(c_long(rows.shape[1]), c_long(len(rows)), _at(rows), _at(paid), _at(found))
+    return found
+
+
 def search_affine(
     x: Tensor, importance: Tensor, high: int, below_zero: bool, tries: Sequence[tuple[float, float]]
 ) -> tuple[Tensor, Tensor] | None:

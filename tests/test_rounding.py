@@ -9,13 +9,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from formats import FORMATS, BlockFormat, DenormalGrid, IntegerGrid, TernaryGrid
+from formats import FORMATS, BlockFormat, DenormalGrid, IntegerGrid, TernaryGrid, native
 from formats.block import Codebook, Floats, Integers, Levels
 from qronos_export.recipe import ORDERS
 from qronos_export.rounding import ROUNDERS, Settings, chosen, gpfq, gptaq, gptq, qronos, rtn
 from qronos_export.rounding.held_out import STEP
 from qronos_export.rounding.least_squares import SingularError, column_order, normal_equations
-from qronos_export.rounding.magr import magr, project_l1, spectral_norm
+from qronos_export.rounding.magr import clipped, magr, spectral_norm
 from qronos_export.rounding.refine import _scales
 from qronos_export.rounding.sweep import DivergedError, sweep
 from qronos_export.statistics import LayerStats
@@ -168,17 +168,26 @@ def test_magr_shrinks_extremes_at_little_cost() -> None:
     assert torch.equal(magr(weight, hessian, 0.0, 32), weight)
 
 
-def test_projection_on_the_l1_ball() -> None:
-    """Against its definition: no other point of the ball is nearer; points inside stay."""
+def peaked(u: Tensor, rows: Tensor, paid: Tensor) -> Tensor:
+    """What `clipped` minimizes: [...] of u [..., size]."""
+    return (u - rows).square().sum(-1) / 2 + paid * u.abs().amax(-1)
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+@pytest.mark.parametrize("size", [7, 32, 50])
+def test_clipping_pays_for_the_largest(size: int, compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against its definition: no other point is better, and rows cheaper than their peak become nothing."""
+    if not compiled:
+        monkeypatch.setattr(native, "peaks", lambda rows, paid: None)
     torch.manual_seed(0)
-    rows = torch.randn(50, 7)
-    found = project_l1(rows)
-    assert bool((found.abs().sum(1) <= 1 + 1e-5).all())
-    others = torch.randn(400, 7)
-    others /= others.abs().sum(1, keepdim=True).clamp(min=1)
-    assert bool((torch.cdist(rows, others).amin(1) >= (rows - found).norm(dim=1) - 1e-5).all())
-    inside = rows / rows.abs().sum(1, keepdim=True) * 0.9
-    torch.testing.assert_close(project_l1(inside), inside)
+    rows = torch.randn(40, size)
+    rows[3] = 0
+    paid = torch.rand(40) * size / 2
+    found = clipped(rows, paid)
+    others = found + torch.randn(2000, 1, size) * torch.logspace(-3, 0, 2000)[:, None, None]
+    assert bool((peaked(others, rows, paid) >= peaked(found, rows, paid) - 1e-5).all())
+    assert torch.equal(clipped(rows, rows.abs().sum(1) + 1), torch.zeros_like(rows))
+    assert torch.equal(clipped(rows, torch.zeros(40)), rows)
 
 
 def test_gpfq_is_its_formula() -> None:
