@@ -51,18 +51,19 @@ def test_types_and_sizes_are_what_is_written(
 
 
 @pytest.mark.parametrize(
-    ("config", "samples"),
+    ("config", "samples", "offload"),
     [
-        ({"hidden_size": 1024, "intermediate_size": 2048, "num_hidden_layers": 1}, (4, 64)),  # weights
-        ({"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 1}, (64, 256)),  # tokens
+        ({"hidden_size": 1024, "intermediate_size": 2048, "num_hidden_layers": 1}, (4, 64), "none"),  # weights
+        ({"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 1}, (64, 256), "none"),  # tokens
+        ({"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 1}, (64, 256), "disk"),
     ],
 )
 def test_memory_is_within_a_quarter(
-    config: dict[str, int], samples: tuple[int, int], english: Path, tmp_path: Path
+    config: dict[str, int], samples: tuple[int, int], offload: str, english: Path, tmp_path: Path
 ) -> None:
     """Each in a process of its own, since a peak is a process's."""
     make("llama", tmp_path / "tiny", **config)
-    options = ["--calibration", english, "--samples", samples[0], "--sequence-length", samples[1]]
+    options = ["--calibration", english, "--samples", samples[0], "--sequence-length", samples[1], "--offload", offload]
     options = [str(each) for each in [tmp_path / "tiny", "--no-attention-aware", *options]]
     command = [sys.executable, "-m", "qronos_export"]
     shown = subprocess.run([*command, "plan", *options, "--json"], capture_output=True, text=True, check=True).stdout

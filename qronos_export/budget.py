@@ -15,7 +15,7 @@ from qronos_export.checkpoint import Checkpoint
 from qronos_export.recipe import Recipe
 from qronos_export.rehearsal import Machine, Rehearsal, searches
 from qronos_export.streams import rounder_settings
-from qronos_export.survey import Survey
+from qronos_export.survey import Place, Survey
 from qronos_export.transformed import SEQUENCES
 from qronos_export.transforms import TRANSFORMS, Goal
 from qronos_export.workspace import float_bytes, folded_bytes, stored_bytes
@@ -61,7 +61,8 @@ class Budget:
         self._tokens = recipe.samples * recipe.sequence_length
         self._rehearsal = Rehearsal(*rounder_settings(recipe), machine, device)
         self._calibrated = recipe.method != "rtn"
-        self._states = self._tokens * seen.hidden * _FLOAT  # hidden states of one stream
+        self._states = self._tokens * seen.hidden * (2 if recipe.state_dtype == "bfloat16" else _FLOAT)  # of one stream
+        self._again = recipe.offload != "none"
 
     def memory(self) -> dict[str, dict[str, int]]:
         """Moment -> term -> bytes, without the interpreter."""
@@ -91,12 +92,12 @@ class Budget:
                 }  # fmt: skip
             return
         arguments = {"masks and positions": seen.arguments}
-        states = {"hidden states": (1 + self._streams) * self._states}
+        states = {"hidden states": 0 if self._recipe.offload == "disk" else (1 + self._streams) * self._states}
         rounded = max(
             (self._rehearsal.nearest(job.fmt, job.rows, job.columns).bytes for job in self._embeddings()), default=0
         )
         yield "embedding", {
-            **outside, **arguments, "hidden states": self._streams * self._states,
+            **outside, **arguments, "hidden states": states["hidden states"] * self._streams / (1 + self._streams),
             "its stored values": _FLOAT * seen.vocabulary * seen.hidden, "rounding": rounded,
             "hashes of rows": _HASHED * min(_CHUNK, seen.vocabulary * seen.hidden),
         }  # fmt: skip
@@ -121,7 +122,7 @@ class Budget:
             "hashes of rows": _HASHED * min(_CHUNK, block.largest),
         }
         for place_number, place in enumerate(block.places):
-            waiting = streams * place.held.of(recipe.samples, recipe.sequence_length)
+            waiting = self._waiting(place, streams)
             waiting += sum(p.payload.of(at_once, recipe.sequence_length) for p in block.places[place_number + 1 :])
             rounding = max(
                 (
@@ -149,11 +150,21 @@ class Budget:
                 "output",
                 {
                     **weights,
-                    "forwards that wait": self._streams * last.held.of(recipe.samples, recipe.sequence_length),
-                    "new hidden states": self._states,
+                    "forwards that wait": self._waiting(last, self._streams),
+                    "new hidden states": 0 if self._again else self._states,
                     "one forward": block.after.of(at_once, recipe.sequence_length),
                 },
             )
+
+    def _waiting(self, place: Place, streams: int) -> float:
+        """Of forwards that wait at a place in so many streams; where they are run anew, one in two streams, with what
+        they began with."""
+        recipe = self._recipe
+        if not self._again:
+            return streams * place.held.of(recipe.samples, recipe.sequence_length)
+        at_once = min(recipe.micro_batch, recipe.samples)
+        entered = _FLOAT * at_once * recipe.sequence_length * self._seen.hidden
+        return 2 * (entered + place.held.of(at_once, recipe.sequence_length))
 
     def _statistics(self, columns: int) -> float:
         """H and G, once more for tokens held out."""
@@ -200,9 +211,10 @@ class Budget:
         forwards = statistics = rounding = 0.0
         for number, block in enumerate(self._seen.blocks):
             if self._calibrated:
-                each = block.flops.of(self._recipe.samples, self._recipe.sequence_length)
-                forwards += (1 + self._streams) * each
+                of = self._recipe.samples, self._recipe.sequence_length
+                forwards += (1 + self._streams) * block.flops.of(*of)
                 for place in block.places:
+                    forwards += 2 * self._streams * place.flops.of(*of) if self._again else 0.0
                     tokens = self._tokens * (self._seen.routed if place.experts else 1)
                     statistics += self._streams * (_SYMMETRIC + _CROSS) * place.columns**2 * tokens
             for job in self._all(number):
@@ -222,6 +234,8 @@ class Budget:
             needed["its float file"] = float_bytes(checkpoint)
         if [each for each in recipe.artifacts if each != "gguf"]:
             needed["ONNX builder's graph"] = 2 * float_bytes(checkpoint)
+        if recipe.offload == "disk" and self._calibrated:
+            needed["hidden states"] = (1 + self._streams) * self._states
         return needed | {"blocks": files, "files": files}
 
     def seconds(self, files: int, converted: float) -> dict[str, float]:

@@ -19,6 +19,7 @@ from functools import partial
 from typing import Any
 
 import torch.nn.functional as F
+from greenlet import greenlet
 from torch import Tensor, nn
 
 from qronos_export.decoder import Decoder, MicroBatch
@@ -79,8 +80,42 @@ class Runtime:
 PLAIN = Runtime()
 
 
+class _Forwards:
+    """Of one stream through a block. All wait at a stop for those of other micro-batches; or, `again`, each is run from
+    the start whenever it is asked for, so that only one is in memory, for more than twice the products."""
+
+    def __init__(self, start: Callable[[int], greenlet], count: int, again: bool, clock: Clock) -> None:
+        """`start(n)` begins the forward of micro-batch n of `count`."""
+        self._start, self._again, self._clock = start, again, clock
+        self._waiting = [] if again else [start(n) for n in range(count)]
+        self._arrived: dict[int, tuple[int, Any]] = {}
+
+    def arrive(self, n: int, stop: int) -> Any:
+        """What micro-batch n brings to stop number `stop`. Stops are met in order."""
+        if self._again:
+            forward = self._start(n)
+            arrived = [self._switch(forward) for _ in range(stop + 1)][-1]
+            forward.throw()
+            return arrived
+        if self._arrived.get(n, (-1, None))[0] < stop:
+            self._arrived[n] = stop, self._switch(self._waiting[n])
+        return self._arrived[n][1]
+
+    def leave(self, n: int, stops: int) -> Tensor:
+        """The block's output for micro-batch n, behind so many stops."""
+        output: Tensor = self.arrive(n, stops)
+        self._arrived.pop(n, None)
+        return output
+
+    def _switch(self, forward: greenlet) -> Any:
+        self._clock.lap("statistics")
+        result = forward.switch()
+        self._clock.lap("forward")
+        return result
+
+
 class _Stream:
-    """One quantized stream in one block: a copy of the block, and the forwards of all micro-batches, waiting."""
+    """One quantized stream in one block: a copy of the block, and the forwards of all micro-batches."""
 
     def __init__(
         self,
@@ -100,12 +135,15 @@ class _Stream:
 
         self.activation = activation
         self.block = Block(self.module, observed, activation, linear)
-        self.forwards: list[Any] = []
         self._loans: dict[str, Loans] = {}
 
-    def start(self, stops: list[Stop], batches: list[MicroBatch], index: int) -> None:
+    def start(self, stops: list[Stop], batches: list[MicroBatch], index: int, again: bool, clock: Clock) -> None:
         self.block.stop_at(stops)
-        self.forwards = [self.block.start(batch.x_hat[self.number], batch.arguments[index]) for batch in batches]
+
+        def start(n: int) -> greenlet:
+            return self.block.start(batches[n].x_hat[self.number], batches[n].arguments[index])
+
+        self.forwards = _Forwards(start, len(batches), again, clock)
 
     def loans(self, stop: Stop, module: nn.Module, tokens: int) -> Loans | None:
         """Of the experts that wait at `stop`, whose float weights are in `module`; None for linears."""
@@ -128,6 +166,7 @@ def walk(
     runtime: Runtime = PLAIN,
     ranks: Ranks = ALONE,
     linear: Linear = F.linear,
+    again: bool = False,
 ) -> Iterator[tuple[int, list[Group]]]:
     """Run decoder block `index` once per stream; at each stop yield, for one quantized stream after another, its number
     and its groups, to be rounded before the next.
@@ -137,6 +176,7 @@ def walk(
     runtime: what the quantized streams do beside reading rounded weights.
     ranks:   who else runs this block, with other sequences.
     linear:  multiplies by the weights that will be rounded, in all streams.
+    again:   run forwards anew up to every stop, instead of having all of them wait there in memory.
     The first of `batches` is counted.
     Yields before that quantized stream uses the weights; afterwards `batches` holds the block's outputs.
     """
@@ -144,26 +184,31 @@ def walk(
     def observed(part: str) -> bool:
         return _wanted(module, f"{name}.{part}", part, wanted)
 
+    def start(n: int) -> greenlet:
+        return float_block.start(batches[n + 1].x, batches[n + 1].arguments[index])
+
     first, *others = batches
     streams = [_Stream(module, name, number, observed, runtime, linear) for number in range(len(first.x_hat))]
     tokens = ranks.world * sum(batch.tokens.numel() for batch in batches if batch.counted)
     float_block = Block(module, observed, linear=linear)
     try:
         stops, arrivals, output = float_block.observe(first.x, first.arguments[index])
-        forwards = [float_block.start(batch.x, batch.arguments[index]) for batch in others]
+        forwards = _Forwards(start, len(others), again, clock)
         for stream in streams:
-            stream.start(stops, batches, index)
+            stream.start(stops, batches, index, again, clock)
         clock.lap("forward")
         for number, stop in enumerate(stops):
-            payloads = [arrivals[number], *(_switched(forward, clock) for forward in forwards)]
-            arrivals[number] = None
             for stream in streams:
                 groups = _groups(module, stream.module, name, stop, partial(runtime.activation, stream.number))
                 loans = stream.loans(stop, module, tokens)
-                for batch, payload, forward in zip(batches, payloads, stream.forwards, strict=True):
-                    arrived = _switched(forward, clock)
+                for n, batch in enumerate(batches):
+                    if again and not batch.counted:
+                        continue
+                    payload = forwards.arrive(n - 1, number) if n else arrivals[number]
+                    arrived = stream.forwards.arrive(n, number)
                     if batch.counted:
                         _observe(groups, stop, module, payload, arrived, batch.held, loans, clock, linear)
+                    del payload, arrived
                 stats = [group.stats for group in groups]
                 ranks.combine(stats)
                 if loans and stop.stage == "up":
@@ -173,12 +218,13 @@ def walk(
                 clock.lap("statistics")
                 yield stream.number, groups
                 clock.lap(None)
-            del payloads
-        for batch, x in zip(batches, [output, *(_switched(forward, clock) for forward in forwards)], strict=True):
-            batch.x = x
+            arrivals[number] = None
+        first.x = output
+        for n, batch in enumerate(others):
+            batch.x = forwards.leave(n, len(stops))
         for stream in streams:
-            for batch, forward in zip(batches, stream.forwards, strict=True):
-                batch.x_hat[stream.number] = _switched(forward, clock)
+            for n, batch in enumerate(batches):
+                batch.x_hat[stream.number] = stream.forwards.leave(n, len(stops))
     finally:
         for block in (float_block, *(stream.block for stream in streams)):
             block.restore()
@@ -233,13 +279,6 @@ def _activation(
         return activation(f"{full}.weight")
     leaves = (leaf for leaf, _ in expert_matrices(module.get_submodule(part), stage))
     return next(filter(None, (activation(f"{full}.{leaf}") for leaf in leaves)), None)
-
-
-def _switched(forward: Any, clock: Clock) -> Any:
-    clock.lap("statistics")
-    result = forward.switch()
-    clock.lap("forward")
-    return result
 
 
 def _weight(module: nn.Module, name: str) -> Tensor:

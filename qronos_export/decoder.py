@@ -4,7 +4,6 @@ of hidden states with the arguments that the model would give to every block."""
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -12,19 +11,39 @@ from torch import Tensor, nn
 
 from qronos_export.errors import CheckpointError
 from qronos_export.memory import ran_out
+from qronos_export.states import ON_THE_SPOT, Shelf, States
 
 
-@dataclass
 class MicroBatch:
     """Some sequences on their way: token ids, hidden states of all streams, arguments of every block. Statistics are
-    made of those that are `counted`, and apart once more of those that are `held` out to choose by."""
+    made of those that are `counted`, and apart once more of those that are `held` out to choose by.
 
-    tokens: Tensor  # int64 [sequences, length]
-    x: Tensor  # float [sequences, length, hidden], float stream
-    arguments: list[dict[str, Any]]
-    counted: bool = True
-    held: bool = False
-    x_hat: list[Tensor] = field(default_factory=list)  # the same as x for each quantized stream
+    tokens: int64 [sequences, length]
+    x:      float [sequences, length, hidden], float stream
+    x_hat:  the same of each quantized stream
+    """
+
+    def __init__(
+        self,
+        tokens: Tensor,
+        x: Tensor,
+        arguments: list[dict[str, Any]],
+        *,
+        counted: bool = True,
+        held: bool = False,
+        shelf: Shelf = ON_THE_SPOT,
+    ) -> None:
+        self.tokens, self.arguments, self.counted, self.held = tokens, arguments, counted, held
+        self._x, self.x_hat = States(shelf), States(shelf)
+        self._x.append(x)
+
+    @property
+    def x(self) -> Tensor:
+        return self._x[0]
+
+    @x.setter
+    def x(self, states: Tensor) -> None:
+        self._x[0] = states
 
 
 class Decoder:
@@ -81,14 +100,20 @@ class Decoder:
 
 
 def enter(
-    decoder: Decoder, tokens: Tensor, batch: int, *, counted: bool = True, held: bool = False
+    decoder: Decoder,
+    tokens: Tensor,
+    batch: int,
+    *,
+    counted: bool = True,
+    held: bool = False,
+    shelf: Shelf = ON_THE_SPOT,
 ) -> list[MicroBatch]:
     """The float stream in front of the first block: int64 `tokens` [samples, length], `batch` sequences at a time."""
     batches: list[MicroBatch] = []
     for ids in tokens.split(batch):
         x, arguments = decoder.enter(ids)
         shared = _shared(arguments, batches[0].arguments) if batches else arguments
-        batches.append(MicroBatch(ids, x, shared, counted, held))
+        batches.append(MicroBatch(ids, x, shared, counted=counted, held=held, shelf=shelf))
     return batches
 
 

@@ -138,7 +138,8 @@ def evaluate(
         riding = Passengers(tokens)
         notes = list(folded.notes)
         yield Stage("layers", len(output.mix.quantized))
-        for done, layer in enumerate(calibrate(lazy, plan, [output], drawn, recipe, Clock(), riding), start=1):
+        rounded = calibrate(lazy, plan, [output], drawn, recipe, Clock(), riding, folder=folder)
+        for done, layer in enumerate(rounded, start=1):
             if layer.note:
                 notes.append(f"{layer.name}: {layer.note}")
             yield Step(done, layer)
@@ -255,8 +256,9 @@ def _check(recipe: Recipe, model: LazyModel) -> None:
         raise UsageError(
             f"evaluate gives all linear layers one type and leaves the rest float; {idle[0]} is for files."
         )
-    if recipe.compute_dtype != "float32":
-        raise UsageError(f"evaluate measures, and computes in float32, not in {recipe.compute_dtype}; leave it out.")
+    for name in ("compute_dtype", "state_dtype"):
+        if (wanted := getattr(recipe, name)) != "float32":
+            raise UsageError(f"{name}: evaluate measures, and computes in float32, not in {wanted}; leave it out.")
     if recipe.attention_aware:
         check_attention(model.blocks, model.checkpoint.name)
     if recipe.kv_cache:

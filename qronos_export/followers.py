@@ -21,14 +21,15 @@ from qronos_export.streams import calibrate
 
 @dataclass(frozen=True)
 class Work:
-    """What calibration needs to know: int64 `tokens` [samples, length] and all before it. Files are where every process
-    finds them."""
+    """What calibration needs to know: int64 `tokens` [samples, length], all before it, and a `folder` for files; where
+    every process finds them."""
 
     recipe: Recipe
     checkpoint: Checkpoint
     source: Path
     mixes: list[Mix]
     tokens: torch.Tensor
+    folder: Path
 
 
 @dataclass(frozen=True)
@@ -57,5 +58,6 @@ def follow(ranks: Ranks) -> None:
     plan = Plan(source, RowIndex(source, list(dict.fromkeys(name for mix in work.mixes for name in mix.quantized))))
     outputs = [Nowhere(mix) for mix in work.mixes]
     model = LazyModel(work.checkpoint, device)
-    for _ in calibrate(model, plan, outputs, work.tokens.to(device), work.recipe, Clock(), ranks=ranks):
+    tokens = work.tokens.to(device)
+    for _ in calibrate(model, plan, outputs, tokens, work.recipe, Clock(), ranks=ranks, folder=work.folder):
         pass

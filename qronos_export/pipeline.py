@@ -95,6 +95,8 @@ def _needs_less(stage: str, recipe: Recipe) -> str:
         return f"Try {batch}, or --transforms none."
     if stage == "layers" and recipe.method != "rtn":
         formats = ", one --format at a time" if len(recipe.formats) > 1 else ""
+        if recipe.offload == "none":
+            batch = f"--offload disk, {batch}"
         return f"Try {batch}, fewer --samples (they are {recipe.samples} × {recipe.sequence_length} tokens){formats}."
     if stage == "onnx graph":
         return "onnxruntime-genai's builder holds the model in float32; leave onnx out of --artifact."
@@ -192,11 +194,12 @@ def _run(
         if tokens is None and recipe.method != "rtn":
             yield Stage("calibration text")
             tokens = _draw(recipe, original, device, result, clock, pieces, on_progress)
+        if tokens is not None:  # a journal has hidden states after the last two steps, and those that are being written
+            states = tokens.numel() * model.embedding.embedding_dim * (1 + len(outputs)) * torch.float32.itemsize
+            copies = (3 if isinstance(pieces, State) else 0) + (1 if recipe.offload == "disk" else 0)
+            check_space(folder, needed + copies * states)
         journal = None
         if isinstance(pieces, State):
-            if tokens is not None:  # hidden states after the last two steps, and those that are being written
-                states = tokens.numel() * model.embedding.embedding_dim * (1 + len(outputs)) * torch.float32.itemsize
-                check_space(folder, needed + 3 * states)
             journal = Journal(pieces, [(each.mix, each.store) for each in outputs], source, plan, result, clock, begun)
             begun = journal.begun
             if journal.done or pieces.damaged:
@@ -204,8 +207,10 @@ def _run(
         if tokens is None:
             rounded = round_to_nearest(model, plan, outputs, clock, journal)
         else:
-            ranks.send(Work(recipe, checkpoint, source.path, mixes, tokens.cpu()))
-            rounded = calibrate(model, plan, outputs, tokens, recipe, clock, journal=journal, ranks=ranks)
+            ranks.send(Work(recipe, checkpoint, source.path, mixes, tokens.cpu(), folder))
+            rounded = calibrate(
+                model, plan, outputs, tokens, recipe, clock, journal=journal, ranks=ranks, folder=folder
+            )
 
         yield Stage("layers", sum(len(each.mix.quantized) for each in outputs))
         finished = {(layer.artifact, layer.tensor) for layer in result.layers}

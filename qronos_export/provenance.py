@@ -16,7 +16,7 @@ from qronos_export.artifact.gguf import GGUFFile
 from qronos_export.artifact.gguf_write import Fact, lineage
 from qronos_export.checkpoint import Checkpoint, base_card
 
-_OF_THIS_MACHINE = ("model", "artifact", "accuracy_level", "device", "match_lengths")
+_OF_THIS_MACHINE = ("model", "artifact", "accuracy_level", "device", "offload", "match_lengths")
 """Settings that a GGUF file does not depend on, or that are said elsewhere."""
 _STATED = {
     "license": "general.license",

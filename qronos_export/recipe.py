@@ -19,7 +19,8 @@ ONLINE = ("r3", "r4", "quip")
 CACHES = ("f16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl", "int8", "int4")
 ARTIFACTS = ("gguf", "onnx", "onnx-js", "onnx-plain", "onnx-mx")
 ACCURACY_LEVELS = (0, 4)
-COMPUTE_DTYPES = ("float32", "bfloat16")
+DTYPES = ("float32", "bfloat16")
+OFFLOADS = ("none", "cpu", "disk")
 ORDERS = ("natural", "descending", "blocks", "min_pivot")
 
 
@@ -66,6 +67,10 @@ class Recipe:
     samples, sequence_length: calibration tokens = samples × sequence_length.
     match_lengths:    a file of prompts whose median length sequence_length becomes, with samples for as many tokens.
     micro_batch:      sequences run at a time.
+    offload:          where hidden states wait between blocks: none (where they are computed), cpu, or disk (in files
+                      of the output folder). With the latter two forwards do not wait for one another in memory, either,
+                      but are run anew, to the same bytes.
+    state_dtype:      what hidden states are offloaded in: float32 or bfloat16.
     compute_dtype:    what forwards multiply in: float32, or bfloat16, which is faster on many processors, and whose
                       noise the files show a little.
     """
@@ -101,6 +106,8 @@ class Recipe:
     micro_batch: int = 8
     device: str = "auto"
     compute_dtype: str = "float32"
+    offload: str = "none"
+    state_dtype: str = "float32"
 
     def __post_init__(self) -> None:
         if not all(self.formats) or len(set(self.formats)) < len(self.formats):
@@ -133,9 +140,15 @@ class Recipe:
                 "{k: int4}, or leave r3 out."
             )
         _one_of("order", self.order, ORDERS)
-        _one_of("compute_dtype", self.compute_dtype, COMPUTE_DTYPES)
-        if self.compute_dtype != "float32" and self.method == "rtn" and not self.transform_names:
-            raise UsageError("compute_dtype is for forwards, and method rtn without transforms has none; leave it out.")
+        for name in ("compute_dtype", "state_dtype"):
+            _one_of(name, getattr(self, name), DTYPES)
+        _one_of("offload", self.offload, OFFLOADS)
+        if self.state_dtype != "float32" and self.offload == "none":
+            raise UsageError("state_dtype is for hidden states that are offloaded; add offload: cpu or disk.")
+        if self.method == "rtn":
+            for name, unused in (("compute_dtype", "float32"), ("state_dtype", "float32"), ("offload", "none")):
+                if getattr(self, name) != unused and not (name == "compute_dtype" and self.transform_names):
+                    raise UsageError(f"{name} is for forwards of calibration, and method rtn has none; leave it out.")
         for name in ("spin_steps", "samples", "sequence_length", "micro_batch"):
             if getattr(self, name) < 1:
                 raise UsageError(f"{name} is {getattr(self, name)}; expected at least 1.")

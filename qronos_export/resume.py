@@ -22,7 +22,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -123,8 +123,8 @@ def identity(
 ) -> dict[str, str]:
     """All that decides a run's bytes, name -> text; files by what they hold, wherever they lie. Reads the model."""
     settings = recipe.to_json()
-    for place in ("model", "calibration", "match_lengths", "device"):
-        settings.pop(place)
+    for name in ("model", "calibration", "match_lengths", "device", "offload"):
+        settings.pop(name)
     text = Path(recipe.calibration).expanduser()
     model = {tensor.file for tensor in checkpoint.tensors.values()}
     model |= {file for file in checkpoint.folder.iterdir() if file.suffix in _DESCRIBES and file.name != "report.json"}
@@ -254,7 +254,9 @@ class Journal:
         """Give `batches`, as they enter the model, the hidden states after the last finished step."""
         with self._path(self.done, "hidden").open("rb") as file:
             for batch in batches:
-                batch.x, *batch.x_hat = [_read_raw(file, batch.x) for _ in range(1 + len(self._outputs))]
+                batch.x = like = _read_raw(file, batch.x)
+                for _ in self._outputs:
+                    batch.x_hat.append(_read_raw(file, like))
 
     def save(self, batches: Sequence[MicroBatch]) -> None:
         """One more step is finished, and `batches` are where it left them; none where no step needs them."""
@@ -269,11 +271,11 @@ class Journal:
                 blocks[mix.name][name] = {"sha256": sha256(path), "scales": store.scale(name).tolist()}
                 hashes.append(store.calibrated(name))
         new = {(format, name) for format, names in blocks.items() for name in names}
-        states = [x for batch in batches for x in (batch.x, *batch.x_hat)]
+        states = (x for batch in batches for x in (batch.x, *batch.x_hat))
         record = {
             "blocks": blocks,
             "hashes": _write_raw(self._path(step, "hashes"), hashes),
-            "hidden": _write_raw(self._path(step, "hidden"), states) if states else None,
+            "hidden": _write_raw(self._path(step, "hidden"), states) if batches else None,
             "layers": [asdict(layer) for layer in self._result.layers if (layer.artifact, layer.tensor) in new],
             "unclaimed": self._plan.unclaimed,
             "clock": self._clock.seconds,
@@ -351,7 +353,7 @@ def _read(path: Path) -> dict[str, Any] | None:
     return body
 
 
-def _write_raw(path: Path, tensors: Sequence[Tensor]) -> str:
+def _write_raw(path: Path, tensors: Iterable[Tensor]) -> str:
     """The numbers of `tensors`, one after another; on the disk when this returns. Returns their sha256."""
     digest = hashlib.sha256()
     partial = path.with_suffix(".partial")

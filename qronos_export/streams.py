@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Protocol
 
 import torch
@@ -23,6 +24,7 @@ from qronos_export.ranks import ALONE, Ranks
 from qronos_export.recipe import Recipe
 from qronos_export.report import LayerReport
 from qronos_export.rounding import ROUNDERS, Rounder, Settings, blind
+from qronos_export.states import Shelf
 from qronos_export.statistics import LayerStats
 
 
@@ -67,9 +69,11 @@ def calibrate(
     passengers: Passengers | None = None,
     journal: Journal | None = None,
     ranks: Ranks = ALONE,
+    folder: Path | None = None,
 ) -> Iterator[LayerReport]:
     """Embedding, every block, head: all streams side by side; yields each tensor as it is rounded, and goes on behind
-    what `journal` has. Each of `ranks` runs its share of `tokens`."""
+    what `journal` has. Each of `ranks` runs its share of `tokens`, and may leave hidden states in files of `folder`.
+    """
     done = journal.done if journal else 0
     if done == _steps(model):
         return
@@ -77,17 +81,18 @@ def calibrate(
     decoder = Decoder(model.model.get_decoder(), model.blocks)
     runtime = _runtime(model, plan, outputs, recipe)
     linear = precision.linear(recipe.compute_dtype)
+    shelf = Shelf(recipe.offload, torch.bfloat16 if recipe.state_dtype == "bfloat16" else None, folder)
 
     clock.lap(None)
     if not done:
         _claim_embedding(model, plan)
     apart = held_out(len(tokens), recipe.holds_out_one_in)
-    batches = enter(decoder, ranks.share(tokens[~apart]), recipe.micro_batch)
+    batches = enter(decoder, ranks.share(tokens[~apart]), recipe.micro_batch, shelf=shelf)
     if bool(apart.any()):
-        batches += enter(decoder, ranks.share(tokens[apart]), recipe.micro_batch, held=True)
+        batches += enter(decoder, ranks.share(tokens[apart]), recipe.micro_batch, held=True, shelf=shelf)
     (probe,) = enter(decoder, tokens[:1], 1)  # how a block rotates by position shows on any hidden states
     if passengers:
-        passengers.batches = enter(decoder, passengers.tokens, recipe.micro_batch, counted=False)
+        passengers.batches = enter(decoder, passengers.tokens, recipe.micro_batch, counted=False, shelf=shelf)
         batches = [*batches, *passengers.batches]
     if journal and done:
         journal.restore(batches)
@@ -120,8 +125,9 @@ def calibrate(
                 heads = replace(heads, note="")
             clock.lap("forward")
         stops = calibration.walk(
-            module, index, name, batches, lambda weight: bool(plan.targets(weight)), clock, runtime, ranks, linear
-        )
+            module, index, name, batches, lambda weight: bool(plan.targets(weight)), clock, runtime, ranks, linear,
+            again=recipe.offload != "none",
+        )  # fmt: skip
         for stream, groups in stops:
             each = outputs[stream]
             for group in groups:

@@ -49,6 +49,7 @@ class Place:
     held:      bytes that a waiting forward keeps alive, its argument not counted.
     payload:   bytes of what is read here.
     between:   bytes alive at most on the way here from the place before.
+    flops:     of a forward that ends here.
     """
 
     matrices: dict[str, tuple[int, int]]
@@ -56,6 +57,7 @@ class Place:
     held: Growth
     payload: Growth
     between: Growth
+    flops: Growth
 
     @property
     def columns(self) -> int:
@@ -158,24 +160,26 @@ def _block(
             del arrivals, output
             with Live() as live:
                 forward = block.start(x, arguments)
-                held, payload, between = [], [], []
+                held, payload, between, before = [], [], [], [0.0]
                 for _ in stops:
                     live.peak = live.now
-                    arrived = forward.switch()
+                    with FlopCounterMode(display=False, custom_mapping=_ATTENTION) as counter:
+                        arrived = forward.switch()
+                    before.append(before[-1] + float(counter.get_total_flops()))
                     held.append(live.now)
                     payload.append(_bytes(arrived, set()))
                     between.append(live.peak)
                     del arrived
                 live.peak = live.now
                 output = forward.switch()
-                runs.append((held, payload, between, live.peak))
+                runs.append((held, payload, between, before[1:], live.peak))
                 del output, forward
     finally:
         block.restore()
     attention = read_attention(module, "", *inputs[0])
     places = []
     for number, stop in enumerate(stops):
-        sizes = [Growth.through([float(run[kind][number]) for run in runs]) for kind in range(3)]
+        sizes = [Growth.through([float(run[kind][number]) for run in runs]) for kind in range(4)]
         part = module.get_submodule(stop.members[0])
         if stop.stage == "linear":
             shapes = {f"{each}.weight": _shape(module.get_submodule(each).weight) for each in stop.members}
@@ -185,7 +189,7 @@ def _block(
     counts = [parameter.numel() for parameter in module.parameters()]
     largest = max(_product(w) for _, w in _matrices(module, ""))
     return BlockSurvey(
-        sum(counts), largest, places, Growth.through(flops), Growth.through([float(run[3]) for run in runs]),
+        sum(counts), largest, places, Growth.through(flops), Growth.through([float(run[4]) for run in runs]),
         _keys(attention) if attention else 0, _heads(attention) if attention else {},
     )  # fmt: skip
 

@@ -15,6 +15,8 @@ from qronos_export import calibration, loans, precision
 from qronos_export.calibration import Clock, Group, Runtime
 from qronos_export.checkpoint import LazyModel, open_checkpoint
 from qronos_export.decoder import Decoder, add_stream, enter
+from qronos_export.live import Live
+from qronos_export.states import Shelf, States
 from tests.families import FAMILIES, make
 
 
@@ -160,6 +162,65 @@ def test_products_in_bfloat16_move_statistics_little(model: LazyModel) -> None:
     off = [float((b - a).norm() / a.norm()) for a, b in zip(*(each.values() for each in seen.values()), strict=True)]
     assert off[0] == 0 and max(off) < 0.03, off
     assert max(off) > 1e-5
+
+
+def offloaded(model: LazyModel, shelf: Shelf, ids: Tensor) -> tuple[dict, list[Tensor], int]:
+    """A walk with two quantized streams, whose hidden states wait on `shelf`: H and G by stream and weight, the float
+    and the second stream at the end, and the most bytes of tensors that were alive in blocks."""
+    decoder = Decoder(model.model.get_decoder(), model.blocks)
+    batches = enter(decoder, ids, 2, shelf=shelf)
+    for weight in (model.embedding.weight, coarse(model.embedding.weight)):
+        add_stream(decoder, model.embedding, weight, batches)
+    seen, peak, again = {}, 0, shelf.offload != "none"
+    for index, name in enumerate(model.block_names):
+        block = model.load_block(index)
+        with Live() as live:
+            stops = calibration.walk(block, index, name, batches, lambda weight: True, Clock(), again=again)
+            for stream, groups in stops:
+                for group in groups:
+                    for matrix in group.matrices:
+                        seen[stream, matrix.name] = group.stats.hessian, group.stats.cross
+                        matrix.quantized.copy_(coarse(matrix.weight))
+        peak = max(peak, live.peak)
+        model.release_block(index)
+    return seen, [torch.cat([*(b.x for b in batches)]), torch.cat([b.x_hat[1] for b in batches])], peak
+
+
+@pytest.mark.parametrize("offload", ["cpu", "disk"])
+def test_forwards_run_anew_bring_the_same(model: LazyModel, offload: str, tmp_path: Path) -> None:
+    ids = tokens(model)
+    seen, ended, _ = offloaded(model, Shelf(), ids)
+    found, left, _ = offloaded(model, Shelf(offload, folder=tmp_path), ids)
+    assert seen.keys() == found.keys()
+    for key, (hessian, cross) in seen.items():
+        assert torch.equal(found[key][0], hessian) and torch.equal(found[key][1], cross), key
+    assert all(torch.equal(one, other) for one, other in zip(ended, left, strict=True))
+    assert bool(any(tmp_path.iterdir())) == (offload == "disk")
+
+
+def test_offloaded_memory_does_not_grow_with_text(tmp_path: Path) -> None:
+    model = LazyModel(open_checkpoint(str(make("llama", tmp_path / "tiny"))))
+    peaks = {}
+    for offload in ("none", "disk"):
+        peaks[offload] = [
+            offloaded(model, Shelf(offload, folder=tmp_path), tokens(model, samples, 64))[2] for samples in (16, 64)
+        ]
+    assert peaks["none"][1] > 3 * peaks["none"][0]
+    assert peaks["disk"][1] < 1.05 * peaks["disk"][0] < 0.5 * peaks["none"][0]
+
+
+def test_offloaded_states_in_bfloat16_are_rounded_once_a_block(tmp_path: Path) -> None:
+    for offload in ("cpu", "disk"):
+        states = States(Shelf(offload, torch.bfloat16, tmp_path))
+        x = torch.randn(2, 3, 5)
+        states.append(x)
+        assert states[0].dtype == torch.float32 and torch.equal(states[0], x.to(torch.bfloat16).float())
+        states[0] = x[:1] * 2
+        assert torch.equal(states[0], (x[:1] * 2).to(torch.bfloat16).float()) and len(states) == 1
+    (path,) = tmp_path.iterdir()
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(OSError, match="is shorter than"):
+        states[0]
 
 
 def test_each_weight_reads_what_its_own_type_rounds_to(model: LazyModel) -> None:

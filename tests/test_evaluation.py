@@ -175,8 +175,14 @@ def test_a_mix_is_for_files(text: Path, tmp_path: Path) -> None:
             measure(model, Recipe(str(model), format, method="rtn"), text)
     with pytest.raises(UsageError, match="computes in float32, not in bfloat16"):
         measure(model, Recipe(str(model), "Q8_0", compute_dtype="bfloat16"), text)
-    with pytest.raises(UsageError, match="method rtn without transforms has none"):
-        Recipe(str(model), method="rtn", compute_dtype="bfloat16")
+    for given, message in (
+        ({"method": "rtn", "compute_dtype": "bfloat16"}, "compute_dtype is for forwards of calibration"),
+        ({"method": "rtn", "offload": "disk"}, "offload is for forwards of calibration"),
+        ({"state_dtype": "bfloat16"}, "add offload"),
+        ({"offload": "cloud"}, "cloud"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            Recipe(str(model), **given)
 
 
 def test_an_online_rotation_spreads_what_down_reads(text: Path, tmp_path: Path) -> None:

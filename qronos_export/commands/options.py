@@ -83,6 +83,9 @@ AttentionAwareOption = Annotated[
     ),
 ]
 ACCURACY = "How ONNX multiplies: 4 with inputs rounded to int8, 0 in float."
+OffloadOption = Annotated[
+    str | None, setting("offload", "Where hidden states wait between blocks: none, cpu or disk; less memory, slower.")
+]
 DeviceOption = Annotated[str | None, setting("device", "auto, cpu, cuda or cuda:i.")]
 
 
