@@ -37,9 +37,10 @@ def q8_0(x: Tensor) -> Tensor:
     blocks = _blocks(x, 32)
     d = torch.maximum(blocks.amax(-1, keepdim=True), -blocks.amin(-1, keepdim=True)) / 127
     rest = blocks * _inverse(d)
-    codes = rest.trunc()
-    codes += rest.sub_(codes).mul_(2).trunc_()  # halves away from zero; all of it is exact, and in place for speed
-    return codes.mul_(_half(d)).flatten(-2)
+    size = rest.abs()
+    codes = size.floor()
+    codes += size.sub_(codes).mul_(2).floor_()  # halves away from zero; all of it is exact, and in place for speed
+    return codes.copysign_(rest).mul_(_half(d)).flatten(-2)
 
 
 def q8_k(x: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -23,11 +23,12 @@ from greenlet import greenlet
 from torch import Tensor, nn
 
 from qronos_export.decoder import Decoder, MicroBatch
+from qronos_export.errors import CalibrationError
 from qronos_export.loans import Loans
 from qronos_export.precision import Linear
 from qronos_export.ranks import ALONE, Ranks
 from qronos_export.statistics import LayerStats
-from qronos_export.suspended import Activation, Block, Routed, Stop, expert_inner, expert_matrices, is_experts
+from qronos_export.suspended import Activation, Block, Routed, Stop, expert_inner, expert_matrices, is_experts, met
 
 PHASES = ("load", "calibration", "transforms", "forward", "statistics", "rounding", "write", "validate")
 
@@ -84,34 +85,38 @@ class _Forwards:
     """Of one stream through a block. All wait at a stop for those of other micro-batches; or, `again`, each is run from
     the start whenever it is asked for, so that only one is in memory, for more than twice the products."""
 
-    def __init__(self, start: Callable[[int], greenlet], count: int, again: bool, clock: Clock) -> None:
+    def __init__(
+        self, start: Callable[[int], greenlet], stops: Sequence[Stop], count: int, again: bool, clock: Clock
+    ) -> None:
         """`start(n)` begins the forward of micro-batch n of `count`."""
-        self._start, self._again, self._clock = start, again, clock
+        self._start, self._stops, self._again, self._clock = start, [*stops, None], again, clock
         self._waiting = [] if again else [start(n) for n in range(count)]
         self._arrived: dict[int, tuple[int, Any]] = {}
 
-    def arrive(self, n: int, stop: int) -> Any:
-        """What micro-batch n brings to stop number `stop`. Stops are met in order."""
+    def arrive(self, n: int, number: int) -> Any:
+        """What micro-batch n brings to a stop. Stops are met in order."""
         if self._again:
             forward = self._start(n)
-            arrived = [self._switch(forward) for _ in range(stop + 1)][-1]
+            for each in range(number + 1):
+                arrived = self._switch(forward, each)
             forward.throw()
             return arrived
-        if self._arrived.get(n, (-1, None))[0] < stop:
-            self._arrived[n] = stop, self._switch(self._waiting[n])
+        if self._arrived.get(n, (-1, None))[0] < number:
+            self._arrived[n] = number, self._switch(self._waiting[n], number)
         return self._arrived[n][1]
 
-    def leave(self, n: int, stops: int) -> Tensor:
-        """The block's output for micro-batch n, behind so many stops."""
-        output: Tensor = self.arrive(n, stops)
+    def leave(self, n: int) -> Tensor:
+        """The block's output for micro-batch n."""
+        output: Tensor = self.arrive(n, len(self._stops) - 1)
         self._arrived.pop(n, None)
         return output
 
-    def _switch(self, forward: greenlet) -> Any:
+    def _switch(self, forward: greenlet, number: int) -> Any:
         self._clock.lap("statistics")
-        result = forward.switch()
+        stop, payload = forward.switch()
         self._clock.lap("forward")
-        return result
+        met(self._stops[number], stop)
+        return payload
 
 
 class _Stream:
@@ -143,7 +148,7 @@ class _Stream:
         def start(n: int) -> greenlet:
             return self.block.start(batches[n].x_hat[self.number], batches[n].arguments[index])
 
-        self.forwards = _Forwards(start, len(batches), again, clock)
+        self.forwards = _Forwards(start, stops, len(batches), again, clock)
 
     def loans(self, stop: Stop, module: nn.Module, tokens: int) -> Loans | None:
         """Of the experts that wait at `stop`, whose float weights are in `module`; None for linears."""
@@ -193,7 +198,9 @@ def walk(
     float_block = Block(module, observed, linear=linear)
     try:
         stops, arrivals, output = float_block.observe(first.x, first.arguments[index])
-        forwards = _Forwards(start, len(others), again, clock)
+        if ranks.world > 1 and len(ranks.texts(str(stops))) > 1:
+            raise CalibrationError(f"The processes of torchrun meet other layers in {name}; run one process.")
+        forwards = _Forwards(start, stops, len(others), again, clock)
         for stream in streams:
             stream.start(stops, batches, index, again, clock)
         clock.lap("forward")
@@ -221,10 +228,10 @@ def walk(
             arrivals[number] = None
         first.x = output
         for n, batch in enumerate(others):
-            batch.x = forwards.leave(n, len(stops))
+            batch.x = forwards.leave(n)
         for stream in streams:
             for n, batch in enumerate(batches):
-                batch.x_hat[stream.number] = stream.forwards.leave(n, len(stops))
+                batch.x_hat[stream.number] = stream.forwards.leave(n)
     finally:
         for block in (float_block, *(stream.block for stream in streams)):
             block.restore()

@@ -17,7 +17,7 @@ from qronos_export.calibration import Group, Matrix
 from qronos_export.plan import Mix
 from qronos_export.ranks import ALONE, Ranks
 from qronos_export.report import LayerReport
-from qronos_export.rounding import CORRECTING, Coupled, Rounded, Rounder, Settings, chosen, magr, rtn
+from qronos_export.rounding import CORRECTING, Coupled, Rounded, Rounder, Settings, blind, chosen, magr, rtn
 
 if TYPE_CHECKING:
     from qronos_export.artifact.gguf import StoredTensor, Target
@@ -81,7 +81,7 @@ def round_group(
 
 
 def _fallback(stats: LayerStats, rounder: Rounder) -> tuple[Rounder, str]:
-    if rounder is rtn or stats.tokens >= max(1, stats.features * MIN_TOKENS_PER_FEATURE):
+    if rounder in (rtn, blind) or stats.tokens >= max(1, stats.features * MIN_TOKENS_PER_FEATURE):
         return rounder, ""
     return rtn, f"saw only {stats.tokens} tokens for {stats.features} inputs; rounded to nearest"
 
@@ -107,7 +107,7 @@ def _round_rows(
     weight = weight / scales
     rounder, note = _fallback(stats, rtn if fmt.is_float else rounder)
     moved = ""
-    if settings.magr and stats.tokens and not fmt.is_float:
+    if settings.magr and stats.tokens and not note and not fmt.is_float:
         given, weight = weight, magr(weight, stats.hessian, settings.magr, fmt.block_size)
         change = weight - given
         share = torch.linalg.vecdot(change @ stats.hessian, change).sum()
@@ -119,7 +119,7 @@ def _round_rows(
         settings = chosen(weight, stats, fmt, settings, rounder)
     if attention and rounder is not rtn:
         settings = replace(settings, coupled=_coupled(jobs, attention, stats))
-    if stats.borrowed and not note:
+    if stats.borrowed and not note and rounder is not blind:
         own = stats.tokens - stats.borrowed
         note = f"saw only {own} tokens for {stats.features} inputs; {stats.borrowed} of other experts make up for that"
     note = "; ".join(filter(None, [note, unscaled, moved]))

@@ -48,10 +48,7 @@ class LayerStats:
         x, x_hat = x.to(torch.float32), x_hat.to(torch.float32)
         self._mean.mul_(keep).add_(x_hat.sum(0), alpha=gain)
         self._cross.addmm_(x.T, x_hat, beta=keep, alpha=gain)
-        width = -(-self.features // _PANELS)
-        for start in range(0, self.features, width):
-            rows = x_hat[:, start : start + width]
-            self._hessian[start : start + width, start:].addmm_(rows.T, x_hat[:, start:], beta=keep, alpha=gain)
+        add_squares(self._hessian, x_hat, keep, gain)
         self.tokens = total
 
     def borrow(self, other: LayerStats, tokens: int) -> None:
@@ -82,8 +79,7 @@ class LayerStats:
 
     @property
     def hessian(self) -> Tensor:
-        upper = self._hessian.triu()
-        return upper + upper.triu(1).T
+        return symmetric(self._hessian)
 
     @property
     def cross(self) -> Tensor:
@@ -92,3 +88,18 @@ class LayerStats:
     @property
     def mean(self) -> Tensor:
         return self._mean
+
+
+def add_squares(moment: Tensor, x: Tensor, keep: float, gain: float) -> None:
+    """keep · `moment` + gain · xᵀx in place, of x float32 [tokens, features]; below the diagonal only what panels of
+    columns have there."""
+    width = -(-x.shape[1] // _PANELS)
+    for start in range(0, x.shape[1], width):
+        rows = x[:, start : start + width]
+        moment[start : start + width, start:].addmm_(rows.T, x[:, start:], beta=keep, alpha=gain)
+
+
+def symmetric(moment: Tensor) -> Tensor:
+    """`moment` [features, features] with what is above its diagonal below it as well."""
+    upper = moment.triu()
+    return upper + upper.triu(1).T

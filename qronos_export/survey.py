@@ -164,14 +164,14 @@ def _block(
                 for _ in stops:
                     live.peak = live.now
                     with FlopCounterMode(display=False, custom_mapping=_ATTENTION) as counter:
-                        arrived = forward.switch()
+                        _, arrived = forward.switch()
                     before.append(before[-1] + float(counter.get_total_flops()))
                     held.append(live.now)
                     payload.append(_bytes(arrived, set()))
                     between.append(live.peak)
                     del arrived
                 live.peak = live.now
-                output = forward.switch()
+                _, output = forward.switch()
                 runs.append((held, payload, between, before[1:], live.peak))
                 del output, forward
     finally:

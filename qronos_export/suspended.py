@@ -17,8 +17,13 @@ import torch.nn.functional as F
 from greenlet import getcurrent, greenlet
 from torch import Tensor, nn
 
+from qronos_export.errors import CalibrationError
 from qronos_export.precision import Linear
 
+_UNEVEN = (
+    "is used for some calibration sequences and not for others. What a model runs for some tokens only can be "
+    "calibrated where transformers fuses it as experts; use --method rtn."
+)
 Activation = Callable[[Tensor], Tensor]
 """Rounds what a layer reads: float [..., features] to the like."""
 
@@ -48,6 +53,14 @@ class Stop:
     members: list[str] = field(default_factory=list)
 
 
+def met(expected: Stop | None, found: Stop | None) -> None:
+    """Raises CalibrationError unless a forward has come to the stop that others wait at; None is the block's end."""
+    if found is not expected:
+        missed = expected or found
+        assert missed is not None
+        raise CalibrationError(f"{missed.members[0]} {_UNEVEN}")
+
+
 class Block:
     """A decoder block whose forwards report to whoever switched into them. Owns the replaced forwards."""
 
@@ -63,7 +76,7 @@ class Block:
         `linear` multiplies by these weights."""
         self._activation, self._product = activation, linear
         self.module = module
-        self._leaders: dict[str, Stop] | None = None  # stop by the name of the module that reaches it first
+        self._stops: list[Stop] | None = None
         self._record: Callable[[str, str, Any], None] | None = None
         for name, part in module.named_modules():
             if isinstance(part, nn.Linear) and wanted(name):
@@ -106,11 +119,12 @@ class Block:
         return stops, arrivals, output
 
     def stop_at(self, stops: list[Stop]) -> None:
-        self._leaders = {f"{stop.members[0]}:{stop.stage}": stop for stop in stops}
+        self._stops = stops
 
     def start(self, hidden: Tensor, kwargs: dict[str, Any]) -> greenlet:
-        """A forward that has not begun; each `switch()` returns the payload of the next stop, the last the output."""
-        return greenlet(lambda: self._run(hidden, kwargs))
+        """A forward that has not begun; each `switch()` returns the next stop and its payload, the last None and the
+        output. Raises CalibrationError in a layer that no stop is for."""
+        return greenlet(lambda: (None, self._run(hidden, kwargs)))
 
     def _run(self, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
         output = self.module(hidden, **kwargs)
@@ -119,8 +133,12 @@ class Block:
     def _arrive(self, name: str, stage: str, payload: Any) -> None:
         if self._record is not None:
             self._record(name, stage, payload)
-        elif self._leaders is not None and f"{name}:{stage}" in self._leaders:
-            getcurrent().parent.switch(payload)
+        elif self._stops is not None:
+            stop = next((stop for stop in self._stops if stop.stage == stage and name in stop.members), None)
+            if stop is None:
+                raise CalibrationError(f"{name} {_UNEVEN}")
+            if stop.members[0] == name:
+                getcurrent().parent.switch((stop, payload))
 
     def _linear(self, name: str, linear: nn.Linear) -> Callable[[Tensor], Tensor]:
         activation = self._activation(name, "linear") or _as_it_is

@@ -21,6 +21,7 @@ from qronos_export.errors import TransformError
 from qronos_export.memory import give_back
 from qronos_export.precision import Linear
 from qronos_export.ranks import ALONE, Ranks
+from qronos_export.statistics import add_squares, symmetric
 from qronos_export.suspended import Block
 from qronos_export.transforms import TRANSFORMS, Goal, InputStats, Outside, Transform, Whole
 from qronos_export.transforms.anatomy import Anatomy, dissect
@@ -209,7 +210,7 @@ def _observe(
                 zeros = torch.zeros(x.shape[1], x.shape[1], device=x.device)
                 stats[name] = InputStats(zeros, zeros[0].clone(), x[:0])
             known = stats[name]
-            known.hessian.addmm_(x.T, x, beta=before / total, alpha=1 / total)
+            add_squares(known.hessian, x, before / total, 1 / total)
             known.largest = torch.maximum(known.largest, x.abs().amax(0))
             share = -(-_SAMPLE // (len(batches) * ranks.world))
             known.sample = torch.cat([known.sample, x[:: max(1, len(x) // share)][:share]])
@@ -229,6 +230,7 @@ def _observe(
         for handle in handles:
             handle.remove()
     for name, known in ((place, stats[place]) for place in dict.fromkeys(places) if place in stats):
+        known.hessian = symmetric(known.hessian)
         ranks.pool(known.hessian, seen[name])
         ranks.largest(known.largest)
         known.sample = ranks.joined(known.sample)

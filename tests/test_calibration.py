@@ -14,7 +14,8 @@ from formats.ggml_reference import q4_0, q8_0
 from qronos_export import calibration, loans, precision
 from qronos_export.calibration import Clock, Group, Runtime
 from qronos_export.checkpoint import LazyModel, open_checkpoint
-from qronos_export.decoder import Decoder, add_stream, enter
+from qronos_export.decoder import Decoder, MicroBatch, add_stream, enter
+from qronos_export.errors import CalibrationError
 from qronos_export.live import Live
 from qronos_export.states import Shelf, States
 from tests.families import FAMILIES, make
@@ -221,6 +222,32 @@ def test_offloaded_states_in_bfloat16_are_rounded_once_a_block(tmp_path: Path) -
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(OSError, match="is shorter than"):
         states[0]
+
+
+class Choosy(nn.Module):
+    """A linear for every sequence, and one for those that begin above zero."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.always, self.sometimes = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        hidden = hidden + self.always(hidden)
+        return hidden + self.sometimes(hidden) if float(hidden[0, 0, 0]) > 0 else hidden
+
+
+@pytest.mark.parametrize("again", [False, True])
+@pytest.mark.parametrize("first", [-1.0, 1.0])
+def test_a_layer_for_some_sequences_is_refused(first: float, again: bool) -> None:
+    """Whether the sequences that it is for come first or not."""
+    block = Choosy()
+    block.always.weight.data.zero_()
+    block.always.bias.data.zero_()
+    batches = [MicroBatch(torch.zeros(1, 3), torch.full((1, 3, 4), sign), [{}]) for sign in (first, -first)]
+    for batch in batches:
+        batch.x_hat.append(batch.x)
+    with pytest.raises(CalibrationError, match="sometimes is used for some"), torch.no_grad():
+        list(calibration.walk(block, 0, "block", batches, lambda weight: True, Clock(), again=again))
 
 
 def test_each_weight_reads_what_its_own_type_rounds_to(model: LazyModel) -> None:

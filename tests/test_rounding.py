@@ -417,11 +417,16 @@ def test_a_correction_is_least_squares(ridge: float) -> None:
     torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
 
 
-def test_feedback_that_diverges_is_told() -> None:
+@pytest.mark.parametrize("fmt", [Q4, FORMATS["MXFP4"]], ids=repr)
+def test_feedback_that_diverges_is_told(fmt: BlockFormat) -> None:
+    """Between panels of columns, and in the last."""
     weight, stats, *_ = problem()
-    feedback = torch.full((64, 64), 1e3)
+    feedback, late = torch.full((64, 64), 1e3), torch.eye(64)
+    late[32:, 32:] = 1e30
     with pytest.raises(DivergedError, match="before column"):
-        sweep(weight * 1e30, feedback, Q4, importance=stats.hessian.diagonal())
+        sweep(weight * 1e30, feedback, fmt, importance=stats.hessian.diagonal())
+    with pytest.raises(DivergedError, match="in the last"):
+        sweep(weight, late, fmt, importance=stats.hessian.diagonal())
 
 
 @pytest.mark.parametrize("fmt", [FORMATS["Q4_0"], FORMATS["Q4_K"]], ids=repr)

@@ -21,13 +21,14 @@ from qronos_export.online import Rotated
 from qronos_export.recipe import TRANSFORMS as NAMES
 from qronos_export.recipe import Recipe
 from qronos_export.rounding.gptq import gptq
+from qronos_export.rounding.least_squares import conditional_variance
 from qronos_export.rounding.rounded import Settings
 from qronos_export.statistics import LayerStats
 from qronos_export.streams import Passengers, calibrate
 from qronos_export.transformed import SEQUENCES, _spread, logits, transformed, whole
 from qronos_export.transforms import TRANSFORMS, Goal, InputStats
 from qronos_export.transforms.hadamard import hadamard, random_rotation
-from qronos_export.transforms.scaling import AQAS, AWQ, Equalize, conditional_variance
+from qronos_export.transforms.scaling import AQAS, AWQ, Equalize
 from qronos_export.transforms.spinquant import Rounded, cayley_step, learned, nearest_rotation
 from tests.families import FAMILIES, make
 
@@ -192,11 +193,11 @@ def test_every_process_has_a_sequence_to_search_on() -> None:
 def test_conditional_variances_are_in_storage_order() -> None:
     """Of independent inputs, their own; where one repeats another, next to nothing for the one that is met first."""
     power = torch.rand(96, generator=torch.Generator().manual_seed(0)) * 10 + 0.1
-    found = conditional_variance(power.diag())
+    found = conditional_variance(power.diag(), 3e-2, "blocks")
     torch.testing.assert_close(found, power + 3e-2 * power.mean())
     twins = power.diag()
     twins[3, 70] = twins[70, 3] = (twins[3, 3] * twins[70, 70]).sqrt() * 0.999
-    assert float((conditional_variance(twins) / found)[[3, 70]].min()) < 0.3
+    assert float((conditional_variance(twins, 3e-2, "blocks") / found)[[3, 70]].min()) < 0.3
 
 
 def test_equalized_columns_round_better_with_feedback() -> None:

@@ -50,41 +50,43 @@ def diffuse_rows(
     column:   where that code is.
     damping:  α in α · mean(diag A), added to A's diagonal.
     """
-    turns: list[list[Tensor]] = [[]]
-    feeds: list[list[tuple[Tensor, Tensor, Tensor]]] = [[]]
     alone = torch.ones(len(target), dtype=torch.bool, device=target.device)
-    singular = 0
+    heads: list[tuple[Tensor, Tensor]] = []  # rows in the order of their turns, and what they hand on
+    turns: list[list[tuple[int, int]]] = [[]]  # (head, place of the row among its rows)
     for each in coupled:
         try:
             normal = normal_equations(LayerStats.of(each.hessian, each.hessian, tokens=1), damping, "descending")
         except SingularError:
-            singular += 1
             continue
         alone[each.rows] = False
-        rows, feedback = each.rows[normal.order], normal.feedback
-        for i, turn in enumerate(_turns(feedback)):
-            if turn == len(turns):
-                turns.append([])
-                feeds.append([])
-            turns[turn].append(rows[i])
-            if turn:
-                feeds[turn].append((rows[i], rows[:i], feedback[:i, i]))
-    turns[0] += alone.nonzero()[:, 0].unbind()
+        for place, turn in enumerate(_turns(normal.feedback)):
+            turns += [[] for _ in range(turn + 1 - len(turns))]
+            turns[turn].append((len(heads), place))
+        heads.append((each.rows[normal.order], normal.feedback))
 
-    begun, values, blocks = target.clone(), torch.zeros_like(target), None
-    lost = torch.zeros_like(target)  # V − Q of the rows that are rounded
-    for members, fed in zip(turns, feeds, strict=True):
-        for row, before, weights in fed:
-            begun[row] -= weights @ lost[before]
-        now = torch.stack(members).sort().values
-        moved = None if first is None else first[now] + (begun[now, column] - target[now, column])
-        part, values[now] = round_rows(begun[now], moved)
-        lost[now] = begun[now] - values[now]
+    size = max((len(rows) for rows, _ in heads), default=0)
+    handed = target.new_zeros(len(heads), size, size)  # to a row, by those before it
+    lost = target.new_zeros(len(heads), size, target.shape[1])  # V − Q of the rows that are rounded
+    for head, (rows, feedback) in enumerate(heads):
+        handed[head, : len(rows), : len(rows)] = feedback.triu(1).T
+
+    values, blocks, single = torch.zeros_like(target), None, alone.nonzero()[:, 0]
+    for turn, members in enumerate(turns):
+        head, place = torch.tensor(members, dtype=torch.int64, device=target.device).view(-1, 2).T
+        now = torch.stack([heads[h][0][p] for h, p in members]) if members else single[:0]
+        whole = len(members) == len(heads)  # of every head one row, in order: nothing to be copied
+        taken = torch.bmm(handed[head, place][:, None], lost if whole else lost[head])[:, 0]
+        if turn == 0:
+            now, taken = torch.cat([now, single]), torch.cat([taken, taken.new_zeros(len(single), target.shape[1])])
+        begun = target[now] - taken
+        moved = None if first is None else first[now] - taken[:, column]
+        part, values[now] = round_rows(begun, moved)
+        lost[head, place] = (begun - values[now])[: len(head)]
         if blocks is None:
             blocks = torch.empty(len(target), part.shape[1], dtype=part.dtype, device=part.device)
         blocks[now] = part
     assert blocks is not None
-    return blocks, values, singular
+    return blocks, values, len(coupled) - len(heads)
 
 
 def _turns(feedback: Tensor) -> list[int]:

@@ -176,20 +176,32 @@ def normal_equations(stats: LayerStats, damping: float, order: str, block: int =
         cross[dead, dead] = unit
         note = f"{int(dead.sum())} inputs never active"
     permutation = column_order(hessian, order, block)
-    matrix = hessian.to(torch.float64)
-    if permutation is not None:
-        matrix = matrix[permutation][:, permutation]
-    diagonal = hessian.diagonal()
-    scale = float(diagonal[~dead].mean()) if not bool(dead.all()) else 1.0
+    scale = float(hessian.diagonal()[~dead].mean()) if not bool(dead.all()) else 1.0
+    lower, lam, raised = _factor(hessian, damping, scale, permutation)
+    if raised:
+        note = "; ".join(filter(None, [note, f"damping raised {10**raised}-fold"]))
+    return Normal(hessian, cross, _inverse(lower).flip(0, 1), lam, scale, permutation, note)
+
+
+def conditional_variance(hessian: Tensor, damping: float, order: str, block: int = _RUN) -> Tensor:
+    """1 / U_jj² = R_jj² for every column j: what is left of its input's power when those that a sweep meets later are
+    known. [features], float32. Raises SingularError."""
+    permutation = column_order(hessian, order, block)
+    lower, *_ = _factor(hessian, damping, float(hessian.diagonal().mean()) or 1.0, permutation)
+    swept = lower.diagonal().flip(0).square().to(torch.float32)
+    return swept if permutation is None else torch.empty_like(swept).scatter_(0, permutation, swept)
+
+
+def _factor(hessian: Tensor, damping: float, scale: float, permutation: Tensor | None) -> tuple[Tensor, float, int]:
+    """Lower triangular, of H + λI from the last column in sweep order to the first, float64; λ, and how often it had to
+    be raised."""
+    backwards = (torch.arange(len(hessian), device=hessian.device) if permutation is None else permutation).flip(0)
     for attempt in range(_TRIES + 1):
         lam = damping * 10**attempt * scale
-        damped = matrix.flip(0, 1)
+        damped = hessian[backwards[:, None], backwards].to(torch.float64)
         damped.diagonal().add_(lam)
         lower, info = torch.linalg.cholesky_ex(damped)
         if int(info) == 0 and bool(torch.isfinite(lower).all()):
-            upper = _inverse(lower).flip(0, 1)
-            if attempt:
-                note = "; ".join(filter(None, [note, f"damping raised {10**attempt}-fold"]))
-            return Normal(hessian, cross, upper, lam, scale, permutation, note)
+            return lower, lam, attempt
         damping = damping or 1e-8
     raise SingularError(f"H + λI is not positive definite up to λ = {lam:.3g}")

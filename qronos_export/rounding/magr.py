@@ -40,8 +40,10 @@ def magr(weight: Tensor, hessian: Tensor, alpha: float, group: int, steps: int =
 
 
 def spectral_norm(hessian: Tensor, steps: int = 30) -> float:
-    """The largest eigenvalue, from below and closely enough for a step size: power iteration from a fixed start."""
-    vector = torch.ones(len(hessian), 1, dtype=hessian.dtype, device=hessian.device)
+    """The largest eigenvalue of a `hessian` [features, features], from below and closely enough for a step size: power
+    iteration from a fixed start."""
+    start = torch.randn(len(hessian), 1, generator=torch.Generator().manual_seed(0))
+    vector = start.to(hessian)
     for _ in range(steps):
         vector = torch.nn.functional.normalize(hessian @ vector, dim=0)
     return float((hessian @ vector).norm())

@@ -103,6 +103,8 @@ def sweep(
             t = end
         if stop < columns:
             work[stop:].addmm_(feedback[start:stop, stop:].T, errors[start:stop], alpha=-1)
+    if not bool(torch.isfinite(errors).all()):
+        raise DivergedError(f"feedback diverged in the last of {columns} columns")
     assert codes is not None
     return codes.T, grid if grid is not None else Grid.joined([grids[begin] for begin in sorted(grids)]), errors
 

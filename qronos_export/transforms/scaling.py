@@ -30,8 +30,7 @@ from torch import Tensor
 from formats import FORMATS, BlockFormat, FormatError, find_format
 from qronos_export.activations import eight_bits
 from qronos_export.errors import TransformError
-from qronos_export.rounding.least_squares import normal_equations
-from qronos_export.statistics import LayerStats
+from qronos_export.rounding.least_squares import conditional_variance
 from qronos_export.transforms.anatomy import Anatomy, Norm, Pair
 from qronos_export.transforms.transform import Goal, Inputs, InputStats, Transform
 
@@ -120,7 +119,7 @@ class Equalize(Scaling):
     def factors(self, weights: list[Tensor], inputs: InputStats, share: Callable[[Tensor], Tensor]) -> Tensor:
         step = -(-sum(map(len, weights)) // _ROWS)
         some = torch.cat([weight[::step] for weight in weights])
-        cost = conditional_variance(inputs.hessian)
+        cost = conditional_variance(inputs.hessian, 3e-2, "blocks", _SMALLEST_BLOCK)
         rms = some.square().mean(0).clamp(min=1e-20).sqrt()
         block = runtime_block(self._format, some.shape[1])
 
@@ -153,15 +152,6 @@ class AQAS(Scaling):
 
         candidates = [share(_smooth(weights, inputs, step / STEPS)) for step in range(1, STEPS)]
         return self._best([torch.ones_like(candidates[0]), *candidates], error)
-
-
-def conditional_variance(hessian: Tensor) -> Tensor:
-    """c [features]: what is left of each input's power when those that a sweep meets later are known."""
-    normal = normal_equations(LayerStats.of(hessian, hessian, tokens=1), 3e-2, "blocks", _SMALLEST_BLOCK)
-    assert normal.order is not None
-    variance = torch.empty_like(hessian[0])
-    variance[normal.order] = normal.upper.diagonal().pow(-2).to(variance.dtype)
-    return variance
 
 
 def _smooth(weights: list[Tensor], inputs: InputStats, migration: float) -> Tensor:
