@@ -185,6 +185,13 @@ def test_a_mix_is_for_files(text: Path, tmp_path: Path) -> None:
             Recipe(str(model), **given)
 
 
+def test_rounding_to_nearest_looks_at_no_text(text: Path, tmp_path: Path) -> None:
+    """Nor at the few tokens that it is shown instead, by which no layer of more inputs could be calibrated."""
+    model = make("llama", tmp_path / "tiny", intermediate_size=1024)
+    *_, done = evaluate(str(model), Recipe(str(model), "UINT3", method="rtn"), Held(text, 64, 2), device="cpu")
+    assert isinstance(done, Evaluated) and not done.notes
+
+
 def test_an_online_rotation_spreads_what_down_reads(text: Path, tmp_path: Path) -> None:
     """With outliers there, 4-bit activations hurt less; with float ones nothing changes."""
     checkpoint = open_checkpoint(str(make("llama", tmp_path / "tiny")))
