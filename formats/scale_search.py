@@ -51,9 +51,7 @@ def settled(importance: Tensor, columns: int, size: int) -> Tensor:
     importance = (importance * reciprocal(largest)).expand(given, columns).reshape(-1, size)
     total = importance.sum(1, keepdim=True)
     undecided = ~((total > 0) & torch.isfinite(total))
-    if undecided.any():
-        importance = torch.where(undecided, torch.where(total == 0, _UNIMPORTANT, 1.0), importance)
-    return importance
+    return torch.where(undecided, torch.where(total == 0, _UNIMPORTANT, 1.0), importance)
 
 
 def in_chunks(

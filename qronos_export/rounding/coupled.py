@@ -51,7 +51,7 @@ def diffuse_rows(
     damping:  α in α · mean(diag A), added to A's diagonal.
     """
     alone = torch.ones(len(target), dtype=torch.bool, device=target.device)
-    heads: list[tuple[Tensor, Tensor]] = []  # rows in the order of their turns, and what they hand on
+    heads: list[tuple[list[int], Tensor]] = []  # rows in the order of their turns, and what they hand on
     turns: list[list[tuple[int, int]]] = [[]]  # (head, place of the row among its rows)
     for each in coupled:
         try:
@@ -62,7 +62,7 @@ def diffuse_rows(
         for place, turn in enumerate(_turns(normal.feedback)):
             turns += [[] for _ in range(turn + 1 - len(turns))]
             turns[turn].append((len(heads), place))
-        heads.append((each.rows[normal.order], normal.feedback))
+        heads.append((each.rows[normal.order].tolist(), normal.feedback))
 
     size = max((len(rows) for rows, _ in heads), default=0)
     handed = target.new_zeros(len(heads), size, size)  # to a row, by those before it
@@ -72,9 +72,9 @@ def diffuse_rows(
 
     values, blocks, single = torch.zeros_like(target), None, alone.nonzero()[:, 0]
     for turn, members in enumerate(turns):
-        head, place = torch.tensor(members, dtype=torch.int64, device=target.device).view(-1, 2).T
-        now = torch.stack([heads[h][0][p] for h, p in members]) if members else single[:0]
-        whole = len(members) == len(heads)  # of every head one row, in order: nothing to be copied
+        where = [(head, place, heads[head][0][place]) for head, place in members]
+        head, place, now = torch.tensor(where, dtype=torch.int64).view(-1, 3).T.to(target.device)
+        whole = [head for head, _ in members] == list(range(len(heads)))  # then nothing has to be copied
         taken = torch.bmm(handed[head, place][:, None], lost if whole else lost[head])[:, 0]
         if turn == 0:
             now, taken = torch.cat([now, single]), torch.cat([taken, taken.new_zeros(len(single), target.shape[1])])

@@ -57,8 +57,9 @@ def sweep(
     columns, feedback = values.shape[1], feedback.contiguous()
     work = (values if order is None else values[:, order]).T.clone(memory_format=torch.contiguous_format)
     anchors = None if anchor is None else (anchor if order is None else anchor[:, order]).T.contiguous()
-    places = torch.arange(columns, device=work.device) if order is None else order
-    storage, position = places.tolist(), places.argsort()  # of each sweep position; of each storage column
+    storage = list(range(columns)) if order is None else order.tolist()  # column of each sweep position
+    places = torch.tensor(storage)  # on the CPU, wherever the weights are
+    position = places.argsort()  # of each storage column
     errors = torch.empty_like(work)
     codes: Tensor | None = None
     grids: dict[int, Grid] = {}  # by the storage column at which their block begins
