@@ -20,7 +20,7 @@ from torch import Tensor
 
 from formats.bits import join, split
 from formats.block import BlockFormat, Grid, Integers, blocked, half_bytes, half_from_bytes
-from formats.scale_search import best_ternary_scale, grouped, to_half
+from formats.scale_search import best_ternary_scale, to_half
 
 
 class _Ternary(BlockFormat):
@@ -28,8 +28,7 @@ class _Ternary(BlockFormat):
     levels = Integers(-1, 1)
 
     def fit(self, weights: Tensor, importance: Tensor | None = None) -> Grid:
-        scale = to_half(best_ternary_scale(*grouped(weights, importance, 256)))
-        return self._grid(scale.view(weights.shape[0], -1))
+        return self._grid(to_half(best_ternary_scale(weights, importance, 256)))
 
     def rescaled(self, scale: Tensor) -> Grid:
         return self._grid(to_half(scale))

@@ -128,9 +128,7 @@ class TernaryGrid(OneScale):
         self.block_bytes = 2 + group // 4
 
     def fit(self, weights: Tensor, importance: Tensor | None = None) -> Grid:
-        return self.rescaled(
-            best_ternary_scale(*grouped(weights, importance, self.block_size)).view(weights.shape[0], -1)
-        )
+        return self.rescaled(best_ternary_scale(weights, importance, self.block_size))
 
     def pack_codes(self, codes: Tensor) -> Tensor:
         return pack_stream((codes + 1).view(torch.uint8), 2)

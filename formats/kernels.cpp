@@ -2,12 +2,14 @@
 // x with importance w, [size, groups] float32, groups side by side in vectors. Code q of a weight is the level nearest
 // to (x - offset) * inverse. And `diffuse`, the inner loop of error feedback, rows side by side.
 
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <limits>
 #include <vector>
 
 #if defined(__AVX512F__)
+#include <immintrin.h>
 typedef float Lanes __attribute__((vector_size(64)));
 #elif defined(__AVX__)
 typedef float Lanes __attribute__((vector_size(32)));
@@ -71,12 +73,16 @@ struct Codebook {
     float low, high, per_unit;
     const signed char *codes = nullptr; // by cell as well
 
+    template <class V> V cell(V v) const {
+        v = clamp(v * per_unit, V{} + low, V{} + high);
+        const V below = round(v);
+        return (below < v ? below + 1.0f : below) - low;
+    }
+
     template <class V> V nearest(V v, signed char *written = nullptr) const {
         constexpr int lanes = sizeof(V) / sizeof(float);
         float cells[lanes], found[lanes];
-        v = clamp(v * per_unit, V{} + low, V{} + high);
-        const V below = round(v);
-        store(cells, (below < v ? below + 1.0f : below) - low);
+        store(cells, cell(v));
         for (int lane = 0; lane < lanes; lane++) {
             const int at = static_cast<int>(cells[lane]);
             found[lane] = levels[at];
@@ -84,6 +90,29 @@ struct Codebook {
         }
         return load<V>(found);
     }
+};
+
+// A codebook of so few cells that a vector of them is looked up in registers.
+struct Small : Codebook {
+    static constexpr long most = 3 * sizeof(Lanes) / sizeof(float);
+    Lanes tables[3];
+
+    explicit Small(const Codebook &book) : Codebook(book) {
+        float padded[most] = {};
+        std::memcpy(padded, levels, static_cast<long>(high - low + 1.0f) * sizeof(float));
+        std::memcpy(tables, padded, sizeof padded);
+    }
+
+    template <class V> V nearest(V v, signed char *written = nullptr) const { return Codebook::nearest(v, written); }
+
+#if defined(__AVX512F__)
+    Lanes nearest(Lanes v) const {
+        const __m512i at = _mm512_cvtps_epi32((__m512)cell(v));
+        const __m512 early = _mm512_permutex2var_ps((__m512)tables[0], at, (__m512)tables[1]);
+        const __m512 late = _mm512_permutexvar_ps(at, (__m512)tables[2]);
+        return (Lanes)_mm512_mask_blend_ps(_mm512_cmpge_epi32_mask(at, _mm512_set1_epi32(32)), early, late);
+    }
+#endif
 };
 
 struct Weights {
@@ -148,16 +177,36 @@ static V search_one(const Weights &of, const L &levels, const float *reach, long
     return chosen;
 }
 
-// scale_search.best_scale with `to_half`: of the plain rule, what was found, and least squares on the codes it gives.
-template <class V, class L>
-static V best_half(const Weights &of, const L &levels, const float *reach, long reaches, const float *beside, long steps) {
+struct Half {
+    template <class V> V operator()(V v) const { return half(v); }
+};
+
+// Halves of NVFP4's UE4M3, of |v|: three bits of mantissa down to 2^-7, multiples of 2^-10 below; halves go down.
+struct HalfUE4M3 {
+    template <class V> V operator()(V v) const {
+        v = clamp(v < V{} ? -v : v, V{}, V{} + 224.0f);
+        typename BitsOf<V>::type bits;
+        std::memcpy(&bits, &v, sizeof v);
+        bits = (bits + 0x7FFFF) & ~0xFFFFF;
+        V normal;
+        std::memcpy(&normal, &bits, sizeof v);
+        const V steps = v * 1024.0f, nearest = round(steps);
+        const V tiny = (nearest - steps == V{} + 0.5f ? nearest - 1.0f : nearest) * 0.0009765625f;
+        return v < 0.0078125f ? tiny : normal;
+    }
+};
+
+// scale_search.best_scale: of the plain rule, what was found, and least squares on the codes it gives, as `stored`.
+template <class V, class L, class S>
+static V best_stored(const Weights &of, const L &levels, const float *reach, long reaches, const float *beside, long steps,
+                     S stored) {
     V top;
     const V found = search_one(of, levels, reach, reaches, beside, steps, top);
     const Moments<V> sums = moments(of, levels, finite_or(1.0f / found, V{}), V{});
     const V candidates[] = {top / reach[0], found, sums.wqq > V{} ? sums.wqx / sums.wqq : found};
     V best{}, least{};
     for (int k = 0; k < 3; k++) {
-        const V scale = half(candidates[k]), error = squared_error(of, levels, finite_or(1.0f / scale, V{}), V{}, scale);
+        const V scale = stored(candidates[k]), error = squared_error(of, levels, finite_or(1.0f / scale, V{}), V{}, scale);
         const auto better = error < least;
         best = k == 0 ? scale : better ? scale : best;
         least = k == 0 ? error : better ? error : least;
@@ -242,10 +291,13 @@ template <class F> static void over_rows(long size, long groups, const float *x,
 }
 
 template <class F> static void with_levels(const float *table, float low, float high, float per_unit, F use) {
-    if (table)
-        use(Codebook{table, low, high, per_unit});
-    else
+    const Codebook book{table, low, high, per_unit};
+    if (!table)
         use(Integers{low, high});
+    else if (high - low < Small::most)
+        use(Small(book));
+    else
+        use(book);
 }
 
 // `table`: null for integers low … high; else a codebook's levels by cell, for cells low … high, `per_unit` to a unit.
@@ -291,13 +343,16 @@ extern "C" void search_affine(long size, long groups, const float *x, const floa
     });
 }
 
-// x [groups, size], importance [shared, size].
-extern "C" void best_half_scale(long size, long groups, const float *x, long shared, const float *importance,
-                                const float *table, float low, float high, float per_unit, const float *reach,
-                                long reaches, const float *beside, long steps, float *scales) {
+// x [groups, size], importance [shared, size]; scales are fp16, or halves of UE4M3.
+extern "C" void best_stored_scale(long size, long groups, const float *x, long shared, const float *importance,
+                                  const float *table, float low, float high, float per_unit, const float *reach,
+                                  long reaches, const float *beside, long steps, bool ue4m3, float *scales) {
     with_levels(table, low, high, per_unit, [&](auto levels) {
         over_rows(size, groups, x, shared, importance, [&](auto zero, long first, const Weights &of) {
-            store(scales + first, best_half<decltype(zero)>(of, levels, reach, reaches, beside, steps));
+            auto best = [&](auto stored) {
+                return best_stored<decltype(zero)>(of, levels, reach, reaches, beside, steps, stored);
+            };
+            store(scales + first, ue4m3 ? best(HalfUE4M3{}) : best(Half{}));
         });
     });
 }
@@ -309,6 +364,88 @@ extern "C" void nearest_integers(long size, long groups, const float *x, const f
         const float factor = inverse[group], shift = offset ? offset[group] : 0.0f;
         for (long i = group * size; i < (group + 1) * size; i++)
             codes[i] = static_cast<signed char>(static_cast<int>(round(clamp((x[i] - shift) * factor, low, high))));
+    }
+}
+
+// microscaling.MX: of groups [groups, size] the power of two e − 127, in three about 2^(⌊log2 max|x|⌋ − emax), for which
+// `unit` · 2^(e − 128) · level is nearest.
+extern "C" void best_exponent(long size, long groups, const float *x, long shared, const float *importance,
+                              const float *table, float low, float high, float per_unit, long largest, float unit,
+                              unsigned char *exponents) {
+    with_levels(table, low, high, per_unit, [&](auto levels) {
+        over_rows(size, groups, x, shared, importance, [&](auto zero, long first, const Weights &of) {
+            using V = decltype(zero);
+            constexpr long lanes = sizeof(V) / sizeof(float);
+            V top{};
+            for (long i = 0; i < of.size; i++) {
+                const V v = of.value<V>(i), magnitude = v < V{} ? -v : v;
+                top = magnitude > top ? magnitude : top;
+            }
+            float peaks[lanes], scales[lanes], least[lanes], errors[lanes];
+            store(peaks, top);
+            int plain[lanes];
+            for (long lane = 0; lane < lanes; lane++) {
+                std::frexp(peaks[lane], &plain[lane]);
+                plain[lane] += 126 - static_cast<int>(largest);
+            }
+            for (int step : {0, 1, -1}) {
+                int tried[lanes];
+                for (long lane = 0; lane < lanes; lane++) {
+                    tried[lane] = plain[lane] + step < 0 ? 0 : plain[lane] + step > 254 ? 254 : plain[lane] + step;
+                    scales[lane] = std::ldexp(unit, tried[lane] - 128);
+                }
+                const V scale = load<V>(scales);
+                store(errors, squared_error(of, levels, finite_or(1.0f / scale, V{}), V{}, scale));
+                for (long lane = 0; lane < lanes; lane++)
+                    if (step == 0 || errors[lane] < least[lane]) {
+                        least[lane] = errors[lane];
+                        exponents[first + lane] = static_cast<unsigned char>(tried[lane]);
+                    }
+            }
+        });
+    });
+}
+
+// scale_search.best_ternary_scale of groups [groups, size]. Weights are sorted into bins by size; where the largest of
+// them end best, by bins, is where two steps of least squares begin.
+extern "C" void best_ternary_scale(long size, long groups, const float *x, long shared, const float *importance,
+                                   float *scales) {
+    constexpr int bins = 256;
+    std::vector<float> magnitudes(size);
+    for (long group = 0; group < groups; group++) {
+        const float *v = x + group * size, *w = importance + group % shared * size;
+        float top = 0.0f, along[bins] = {}, power[bins] = {};
+        for (long i = 0; i < size; i++) {
+            magnitudes[i] = std::fabs(v[i]);
+            top = magnitudes[i] > top ? magnitudes[i] : top;
+        }
+        const float per_bin = finite_or((bins - 1) / top, 0.0f);
+        for (long i = 0; i < size; i++) {
+            const int bin = static_cast<int>(magnitudes[i] * per_bin);
+            along[bin] += w[i] * magnitudes[i], power[bin] += w[i];
+        }
+        float best = 0.0f, scale = 0.0f, sum = 0.0f, weight = 0.0f;
+        for (int bin = bins - 1; bin >= 0; bin--) {
+            sum += along[bin], weight += power[bin];
+            const float gain = sum * sum / weight;
+            if (gain > best) best = gain, scale = sum / weight;
+        }
+        for (int step = 0; step < 2; step++) {
+            constexpr long lanes = sizeof(Lanes) / sizeof(float);
+            Lanes sums{}, weights{};
+            long i = 0;
+            for (; i + lanes <= size; i += lanes) {
+                const Lanes magnitude = load<Lanes>(&magnitudes[i]);
+                const Lanes taken = magnitude > scale / 2 ? load<Lanes>(w + i) : Lanes{};
+                sums += taken * magnitude, weights += taken;
+            }
+            sum = weight = 0.0f;
+            for (long lane = 0; lane < lanes; lane++) sum += sums[lane], weight += weights[lane];
+            for (; i < size; i++)
+                if (magnitudes[i] > scale / 2) sum += w[i] * magnitudes[i], weight += w[i];
+            scale = weight > 0.0f ? sum / weight : scale;
+        }
+        scales[group] = scale;
     }
 }
 

@@ -21,9 +21,10 @@ from typing import final
 import torch
 from torch import Tensor
 
+from formats import native
 from formats.bits import pack_nibbles, pack_stream, unpack_nibbles, unpack_stream
 from formats.block import BlockFormat, Codebook, Floats, Grid, Integers, Levels, blocked
-from formats.scale_search import best_of, best_scale, grouped, in_chunks, peak
+from formats.scale_search import best_of, best_scale, by_rows, grouped, in_chunks, peak
 from formats.sums import weighted_error
 
 
@@ -52,6 +53,16 @@ class MX(BlockFormat):
     largest_exponent: int  # emax
 
     def fit(self, weights: Tensor, importance: Tensor | None = None) -> Grid:
+        if native.serves(weights, self.levels) and self.ggml_type is not None:
+            return self._grid(
+                by_rows(
+                    lambda rows, shared: native.best_exponent(
+                        rows, shared, self.levels, self.largest_exponent, self.unit
+                    ),
+                    weights, importance, 32,
+                )
+            )  # fmt: skip
+
         def search(x: Tensor, imp: Tensor) -> tuple[Tensor]:
             _, exponent = torch.frexp(peak(x))  # mantissa in [½, 1)
             plain = exponent - 1 - self.largest_exponent + 127
@@ -175,7 +186,13 @@ class NVFP4(BlockFormat):
         def store(scale: Tensor) -> Tensor:
             return table[torch.bucketize(scale.abs(), borders)]
 
-        scale = best_scale(*grouped(weights, importance, 16), self.levels, self.reach, (), store)
+        if native.serves(weights, self.levels):
+            scale = by_rows(
+                lambda rows, shared: native.best_stored_scale(rows, shared, self.levels, self.reach, (), ue4m3=True),
+                weights, importance, 16,
+            )  # fmt: skip
+        else:
+            scale = best_scale(*grouped(weights, importance, 16), self.levels, self.reach, (), store)
         return self._grid(torch.bucketize(scale, borders).to(torch.uint8).view(weights.shape[0], -1))
 
     def refit(self, grid: Grid, group: int, weights: Tensor, importance: Tensor | None = None) -> Grid:

@@ -45,23 +45,29 @@ def search_scale(
 
 
 def serves(weights: Tensor, levels: Levels) -> bool:
-    """Whether `best_half_scale` can be called."""
+    """Whether `best_stored_scale` and its like can be called."""
     return _library(weights) is not None and isinstance(levels, Integers | Codebook)
 
 
-def best_half_scale(
-    weights: Tensor, importance: Tensor, levels: Levels, reach: Sequence[float], beside: Sequence[float]
+def best_stored_scale(
+    weights: Tensor,
+    importance: Tensor,
+    levels: Levels,
+    reach: Sequence[float],
+    beside: Sequence[float],
+    ue4m3: bool = False,
 ) -> Tensor:
-    """scale_search.best_half_scale of weights [rows, columns], a group of them after another, with importance
-    [groups, size] of as many groups or of those of a row: [groups]."""
+    """scale_search.best_half_scale, or with halves of UE4M3 instead of fp16, of weights [rows, columns], a group of
+    them after another, with importance [groups, size] of as many groups or of those of a row: [groups]."""
     lib, line = _library(weights, importance), _line(levels)
     assert lib is not None and line is not None
     weights, importance = weights.contiguous(), importance.contiguous()
     found = weights.new_empty(weights.numel() // importance.shape[1])
     sizes = c_long(importance.shape[1]), c_long(len(found))
-    lib.best_half_scale(
-        *sizes, _at(weights), c_long(len(importance)), _at(importance), *line, *_list(reach), *_list(beside), _at(found)
-    )
+    lib.best_stored_scale(
+        *sizes, _at(weights), c_long(len(importance)), _at(importance), *line, *_list(reach), *_list(beside),
+        c_bool(ue4m3), _at(found),
+    )  # fmt: skip
     return found
 
 
@@ -112,6 +118,31 @@ def diffuse(
         _maybe(offset), table, _maybe(by_cell), *numbers, _at(codes), _at(errors),
     )  # fmt: skip
     return True
+
+
+def best_exponent(weights: Tensor, importance: Tensor, levels: Levels, largest_exponent: int, unit: float) -> Tensor:
+    """microscaling.MX.fit of weights [rows, columns], with importance as `best_stored_scale` has it: uint8 [groups]."""
+    lib, line = _library(weights, importance), _line(levels)
+    assert lib is not None and line is not None
+    weights, importance = weights.contiguous(), importance.contiguous()
+    found = weights.new_empty(weights.numel() // importance.shape[1], dtype=torch.uint8)
+    sizes = c_long(importance.shape[1]), c_long(len(found))
+    lib.best_exponent(
+        *sizes, _at(weights), c_long(len(importance)), _at(importance), *line, c_long(largest_exponent), c_float(unit),
+        _at(found),
+    )  # fmt: skip
+    return found
+
+
+def best_ternary_scale(weights: Tensor, importance: Tensor) -> Tensor:
+    """scale_search.best_ternary_scale of weights [rows, columns], likewise: float32 [groups]."""
+    lib = _library(weights, importance)
+    assert lib is not None
+    weights, importance = weights.contiguous(), importance.contiguous()
+    found = weights.new_empty(weights.numel() // importance.shape[1])
+    sizes = c_long(importance.shape[1]), c_long(len(found))
+    lib.best_ternary_scale(*sizes, _at(weights), c_long(len(importance)), _at(importance), _at(found))
+    return found
 
 
 def peaks(rows: Tensor, paid: Tensor) -> Tensor | None:

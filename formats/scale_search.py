@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from formats import native
-from formats.block import Levels, reciprocal
+from formats.block import Integers, Levels, reciprocal
 from formats.parallel import at_once, side_by_side
 from formats.sums import code_sums, weighted_error
 
@@ -129,19 +129,28 @@ def best_half_scale(
     beside: Sequence[float] = (0.5, 0.25),
 ) -> Tensor:
     """Best fp16 scale found for each `size` columns: float32 [rows, groups] for `weights` [rows, columns]."""
-    rows, columns = weights.shape
     if not native.serves(weights, levels):
-        return best_scale(*grouped(weights, importance, size), levels, reach, beside).view(rows, -1)
+        return best_scale(*grouped(weights, importance, size), levels, reach, beside).view(len(weights), -1)
+    return by_rows(
+        lambda rows, shared: native.best_stored_scale(rows, shared, levels, reach, beside), weights, importance, size
+    )
+
+
+def by_rows(
+    search: Callable[[Tensor, Tensor], Tensor], weights: Tensor, importance: Tensor | None, size: int
+) -> Tensor:
+    """`search` of some rows of `weights` [rows, columns] at a time, with their importance [groups, size] or that of any
+    row, so that a core's cache holds them: [rows, groups] of what it finds, [groups]."""
+    rows, columns = weights.shape
     shared = weights.new_ones(1, size) if importance is None else settled(importance, columns, size)
     each = len(shared) == weights.numel() // size  # every row has its own
     step = max(1, at_once(weights.device) // columns)
 
-    def search(first: int) -> Tensor:
+    def part(first: int) -> Tensor:
         groups = slice(first * columns // size, (first + step) * columns // size)
-        part = shared[groups] if each else shared
-        return native.best_half_scale(weights[first : first + step], part, levels, reach, beside)
+        return search(weights[first : first + step], shared[groups] if each else shared)
 
-    return torch.cat(side_by_side(search, range(0, rows, step), weights.device)).view(rows, -1)
+    return torch.cat(side_by_side(part, range(0, rows, step), weights.device)).view(rows, -1)
 
 
 def best_scale(
@@ -178,12 +187,15 @@ def best_of(candidates: Sequence[Tensor], x: Tensor, importance: Tensor, levels:
     return best
 
 
-def best_ternary_scale(weights: Tensor, importance: Tensor) -> Tensor:
-    """The best real scale s for levels −s, 0, s, exactly: float32 [groups] for [size, groups].
+def best_ternary_scale(weights: Tensor, importance: Tensor | None, size: int) -> Tensor:
+    """The best real scale s for levels −s, 0, s: float32 [rows, groups of `size`] for `weights` [rows, columns].
 
     The k weights of largest magnitude get ±s for some k; given k, s = Σ w|x| / Σ w over them lowers the error by
-    (Σ w|x|)² / Σ w. Sorting once tries every k.
+    (Σ w|x|)² / Σ w. Sorting once tries every k; compiled, they are sorted into 256 bins, and what ends in a bin is
+    left to least squares.
     """
+    if native.serves(weights, Integers(-1, 1)):
+        return by_rows(native.best_ternary_scale, weights, importance, size)
 
     def search(x: Tensor, imp: Tensor) -> tuple[Tensor]:
         x, imp = x.T.contiguous(), imp.T.contiguous()  # sorted where they lie side by side: three times as fast
@@ -193,4 +205,4 @@ def best_ternary_scale(weights: Tensor, importance: Tensor) -> Tensor:
         best = (along.square() / power).nan_to_num_(0.0).argmax(1, keepdim=True)
         return ((along.gather(1, best) / power.gather(1, best)).nan_to_num_(0.0)[:, 0],)
 
-    return in_chunks(search, weights, importance)[0]
+    return in_chunks(search, *grouped(weights, importance, size))[0].view(len(weights), -1)
