@@ -1,6 +1,6 @@
 """What ggml rounds to while a model runs: its plain rules, one look at each block and no search.
 
-    f16              the nearest fp16
+    f16, bf16        the nearest of these, halves to even
     q8_0             d = max|x| / 127,              q = round(x/d), halves away from zero
     q4_0, q5_0       d = x_max / −8 or −16, x_max the number of largest size;   q = ⌊x/d + 8½⌋ or ⌊x/d + 16½⌋
     q4_1, q5_1       m = min, d = (max − min) / 15 or 31,      q = ⌊(x − m)/d + ½⌋
@@ -8,8 +8,8 @@
     q8_k             d = x_max / −127,              q = round(x/d), at most 127; blocks of 256, d stays float32
 
 The others' blocks are of 32; d and m are rounded to fp16 after the codes are chosen. A cache of keys and values holds
-all but the last; inputs of matrices are rounded to q8_0 (q8_1 has its codes) and q8_k. Kernels for AVX and NEON round
-halves to even in q8_0, which differs where x/d is exactly a half.
+all but bf16 and q8_k; inputs of matrices are rounded to f16, bf16, q8_0 (q8_1 has its codes) and q8_k. Kernels for AVX
+and NEON round halves to even in q8_0, which differs where x/d is exactly a half.
 
 Source: ggml/src/ggml-quants.c of llama.cpp b11549, quantize_row_*_ref. Values are bit for bit what it dequantizes to.
 """
@@ -31,6 +31,10 @@ _TOO_SMALL = 1e-15  # ggml's GROUP_MAX_EPS
 
 def f16(x: Tensor) -> Tensor:
     return _half(x)
+
+
+def bf16(x: Tensor) -> Tensor:
+    return x.to(torch.bfloat16).to(torch.float32)
 
 
 def q8_0(x: Tensor) -> Tensor:

@@ -31,6 +31,8 @@ from qronos_export.report import RunReport
 from tests.families import FAMILIES, make
 
 CONTEXT, CHUNKS = 128, 2
+GELU = ("gemma3", "starcoder2")
+"""ggml reads this activation function from a table of fp16 numbers."""
 EXACT = ("--cache-type-k", "f32", "--cache-type-v", "f32", "--flash-attn", "off")
 """llama.cpp's attention without rounding to fp16."""
 
@@ -281,8 +283,8 @@ def test_logits_are_those_of_the_dequantized_torch_model(
     targets = file_targets(export, model)
     assert {target.tensor for target in targets} == set(export.quantized)
     put_back(export, model, targets)
-    # The scores are kept in 16 bits over 16 nats: half a step is 1.2e-4. ggml reads GELU from a table of fp16 numbers.
-    gelu = export.case.family == "gemma3"
+    # The scores are kept in 16 bits over 16 nats: half a step is 1.2e-4.
+    gelu = export.case.family in GELU
     assert largest_difference(export, model, run.scores) < (6e-3 if gelu else 3e-4)
     expected = log_probabilities(export, model, run.scores.tokens)
     scored = run.scores.tokens[:, CONTEXT // 2 + 1 :]
@@ -310,7 +312,8 @@ def test_llamacpp_multiplies_with_the_scales_beside_nvfp4(
     family: str, llamacpp: LlamaCpp, english: Path, tmp_path: Path
 ) -> None:
     """Scales are there where llama.cpp's graph of the family has them, and nowhere else."""
-    sizes = {"qwen3_moe": {"moe_intermediate_size": 128}, "qwen2": {}, "phi3": {}}.get(family, {"hidden_size": 256})
+    wide = {each: {"hidden_size": 256} for each in ("llama", "llama_tied", "qwen3", "gemma3", "mixtral")}
+    sizes = {"qwen3_moe": {"moe_intermediate_size": 128}, **wide}.get(family, {})
     checkpoint = make(family, tmp_path / "tiny", intermediate_size=256, **sizes)
     original = tmp_path / "float.gguf"
     recipe = Recipe(
@@ -327,7 +330,7 @@ def test_llamacpp_multiplies_with_the_scales_beside_nvfp4(
     run_of_file = measure_file(file, llamacpp, english, tmp_path)
     model = load_whole(open_checkpoint(str(checkpoint)))
     put_back(export, model, file_targets(export, model))
-    assert largest_difference(export, model, run_of_file.scores) < 3e-4
+    assert largest_difference(export, model, run_of_file.scores) < (6e-3 if family in GELU else 3e-4)
 
 
 # ---- recipes, experts, float files

@@ -3,10 +3,13 @@
     int8, int4     a scale and a zero point for each token, min and max on the codes' ends
     mxfp4, mxfp8   blocks of 32 under a power of two by the OCP Microscaling specification's rule; E2M1 and E4M3
     q8_0, q8_k     eight bits in blocks of 32 and 256, by ggml's own rules (formats/ggml_reference.py)
-    llama.cpp      for each matrix what the kernel for its type does: q8_k for types with blocks of 256, q8_0 for
-                   other quantized types, nothing for floats
+    llama.cpp      for each matrix what the CPU kernel for its type reads: q8_k for types with blocks of 256, q8_0 for
+                   other quantized types, F16 and BF16 for these, what comes for F32
 
-llama.cpp's CPU kernels do the last whether it is simulated or not; nothing that runs our files does the first four.
+llama.cpp's CPU kernels do the last whether it is simulated or not, but for two details. Those for Q4_1 and Q5_1 read
+q8_1, which has q8_0's codes, but multiply a block's offset with fp16(d Σq) instead of fp16(d) Σq: the two differ by
+2⁻¹⁰ of themselves at most. Those for AVX and NEON round exact halves to even. Nothing that runs our files does the
+first four.
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ import torch
 from torch import Tensor
 
 from formats import FORMATS, BlockFormat
-from formats.ggml_reference import q8_0, q8_k
+from formats.ggml_reference import bf16, f16, q8_0, q8_k
 from formats.microscaling import MX
 from qronos_export.errors import UsageError
 
@@ -28,7 +31,9 @@ def activation(name: str, fmt: BlockFormat) -> Activation | None:
     """What `name` does to the inputs of a matrix in `fmt`: rounds float [..., features] along the last dimension. A
     KeyError for names that are neither llama.cpp nor in ACTIVATIONS."""
     if name == "llama.cpp":
-        return None if fmt.is_float else q8_k if fmt.block_size == 256 else q8_0
+        if fmt.is_float:
+            return _FLOATS[fmt.name]
+        return q8_k if fmt.block_size == 256 else q8_0
     return ACTIVATIONS[name]
 
 
@@ -55,17 +60,13 @@ def blocks_of_floats(x: Tensor, fmt: MX) -> Tensor:
     return (fmt.levels.snap(blocks / scale) * scale).view_as(x)
 
 
-def eight_bits(x: Tensor, block: int) -> Tensor:
-    """As llama.cpp does for each `block` of neighbours, 32 or 256."""
-    return q8_k(x) if block == 256 else q8_0(x)
-
-
 def _mx(name: str) -> Activation:
     fmt = FORMATS[name]
     assert isinstance(fmt, MX)
     return lambda x: blocks_of_floats(x, fmt)
 
 
+_FLOATS: dict[str, Activation | None] = {"F32": None, "F16": f16, "BF16": bf16}
 ACTIVATIONS: dict[str, Activation] = {
     "int8": lambda x: per_token(x, 8),
     "int4": lambda x: per_token(x, 4),

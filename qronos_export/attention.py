@@ -9,7 +9,7 @@
 R_Δ turns by Δ positions (RoPE). Taking what a token says to be independent of where it stands, E splits into E[k kᵀ] =
 W_k H W_kᵀ (with terms of the bias) and a mean over Δ, of which a sequence of n tokens has n − Δ pairs. With R_Δ =
 diag(c) + diag(s) P, P swapping the halves, the mean is a sum of four products, entry by entry, with E[ccᵀ], E[csᵀ],
-E[scᵀ] and E[ssᵀ].
+E[scᵀ] and E[ssᵀ]. Where a query meets the last keys only (a sliding window), pairs further apart do not count.
 
 Whether a rotation is all that happens to q and k is read off a forward pass. Where it is not (norms of q and k), their
 rows are rounded by H alone.
@@ -18,7 +18,7 @@ rows are rounded by H alone.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -72,11 +72,12 @@ class Projection:
 @dataclass(frozen=True)
 class Rotation:
     """RoPE by positions 0, 1, …: c and s [positions, size] of R = diag(c) + diag(s) P; zeros and ones where it leaves
-    a head's last entries alone."""
+    a head's last entries alone. A query meets the keys of the last `window` positions, its own among them."""
 
     cosine: Tensor
     sine: Tensor
     turned: int
+    window: int
 
     @classmethod
     def of(
@@ -85,10 +86,10 @@ class Rotation:
         """From what transformers gives a block, [sequences, length, turned] each; None turns nothing."""
         cosine, sine = torch.ones(length, size, device=device), torch.zeros(length, size, device=device)
         if embeddings is None:
-            return cls(cosine, sine, 0)
+            return cls(cosine, sine, 0, length)
         turned = embeddings[0].shape[-1]
         cosine[:, :turned], sine[:, :turned] = embeddings[0][0], embeddings[1][0]
-        return cls(cosine, sine, turned)
+        return cls(cosine, sine, turned, length)
 
     def apply(self, states: Tensor) -> Tensor:
         """[…, positions, size], each turned by its position."""
@@ -97,17 +98,21 @@ class Rotation:
     def mean(self, moment: Tensor, *, backwards: bool) -> Tensor:
         """The mean over pairs of positions of R_Δ C R_Δᵀ for C = `moment` [size, size], or of R_Δᵀ C R_Δ."""
         c, s = self.cosine, -self.sine if backwards else self.sine
-        pairs = torch.arange(len(c), 0, -1, device=c.device)[:, None] / (len(c) * (len(c) + 1) / 2)
+        pairs = torch.arange(len(c), 0, -1, device=c.device)[:, None]
+        pairs[self.window :] = 0
+        pairs = pairs / pairs.sum()
         right = self._swapped(moment)
         mixed = right * ((c * pairs).T @ s)
         both = self._swapped(right.mT)
         return moment * ((c * pairs).T @ c) + mixed + mixed.mT + both * ((s * pairs).T @ s)
 
     def common(self, mean: Tensor) -> Tensor:
-        """The mean of zzᵀ over pairs of positions (m, n ≤ m), z the mean of R_Δᵀ `mean` [size] over all n ≤ m."""
+        """The mean of zzᵀ over pairs of positions (m, n ≤ m), z the mean of R_Δᵀ `mean` [size] over all n that m
+        meets."""
         turned = mean * self.cosine - self._swapped(mean.expand_as(self.cosine)) * self.sine
-        met = torch.arange(1, len(turned) + 1, device=turned.device)[:, None]
+        met = torch.arange(1, len(turned) + 1, device=turned.device)[:, None].clamp(max=self.window)
         total = turned.cumsum(0)
+        total[self.window :] = total[self.window - 1]
         return (total / met).T @ total / met.sum()
 
     def _swapped(self, states: Tensor) -> Tensor:
@@ -183,9 +188,11 @@ def read_attention(block: nn.Module, name: str, hidden: Tensor, arguments: dict[
         if each is None or (isinstance(each, tuple) and each[0].ndim == 3 and each[0].shape[-1] <= query.size):
             rotation = Rotation.of(each, query.size, hidden.shape[1], hidden.device)
             turned = rotation.apply(q), rotation.apply(k)
-            if any(_same(turned[0], a) and _same(turned[1], b) for a, b in seen.pairs):
-                return Attention(query, key, value, out, rotation, "")
-    return Attention(query, key, value, out, None, _CHANGED if seen.pairs else _UNSEEN)
+            for queries, keys, mask in seen.products:
+                if _same(turned[0], queries) and _same(turned[1], keys):
+                    window = hidden.shape[1] if mask is None else _window(mask[0, 0])
+                    return Attention(query, key, value, out, replace(rotation, window=window), "")
+    return Attention(query, key, value, out, None, _CHANGED if seen.products else _UNSEEN)
 
 
 def check_attention(blocks: Iterable[nn.Module], model: str) -> None:
@@ -198,16 +205,27 @@ def check_attention(blocks: Iterable[nn.Module], model: str) -> None:
 
 
 class _Products(TorchFunctionMode):
-    """Keeps the queries and keys [sequences, heads, length, size] of every attention computed meanwhile."""
+    """Keeps queries and keys [sequences, heads, length, size] of every attention computed meanwhile, and its mask
+    [sequences, heads, queries, keys] where it has one."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.pairs: list[tuple[Tensor, Tensor]] = []
+        self.products: list[tuple[Tensor, Tensor, Tensor | None]] = []
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is scaled_dot_product_attention:
-            self.pairs.append((args[0], args[1]))
+            mask = args[3] if len(args) > 3 else (kwargs or {}).get("attn_mask")
+            self.products.append((args[0], args[1], mask))
         return func(*args, **(kwargs or {}))
+
+
+def _window(mask: Tensor) -> int:
+    """How many keys, its own and those right before, a query meets by `mask` [queries, keys]: bool, or added to scores.
+    All, if that is not what it says."""
+    seen = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+    positions = torch.arange(len(mask), device=mask.device)
+    back, window = positions[:, None] - positions, int(seen[-1].sum())
+    return window if torch.equal(seen, (back >= 0) & (back < window)) else len(mask)
 
 
 def _same(states: Tensor, used: Tensor) -> bool:

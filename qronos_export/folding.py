@@ -82,5 +82,6 @@ def help_fold(work: Folding, device: torch.device, ranks: Ranks) -> None:
     recipe = work.recipe
     assist(
         work.checkpoint, recipe.transform_names, tokens=work.tokens.to(device), formats=recipe.formats,
-        micro_batch=recipe.micro_batch, ranks=ranks, linear=linear(recipe.compute_dtype),
+        micro_batch=recipe.micro_batch, activations=recipe.activations, ranks=ranks,
+        linear=linear(recipe.compute_dtype),
     )  # fmt: skip

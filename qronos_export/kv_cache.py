@@ -71,6 +71,7 @@ class KVCache:
         return rounding if order is None else _ordered(rounding, order)
 
     def values(self) -> Rounding:
+        """Rounds values, float [..., head size]; the model and the file have them in one order."""
         rounding = _rounding(self.v)
         return _turned(rounding, _sylvester(_SMALLEST_ROTATION)) if self.rotated(self.v) else rounding
 

@@ -30,7 +30,9 @@ class Online(LazyModel):
     def __init__(self, checkpoint: Checkpoint, device: torch.device | str = "cpu") -> None:
         super().__init__(checkpoint, device)
         if any(is_experts(part) for block in self.blocks for part in block.modules()):
-            raise TransformError(f"online: {self.name} does not fit {checkpoint.name}: it has experts.")
+            raise TransformError(
+                f"online: {self.name} does not fit {checkpoint.name}: it has experts; leave it out: --set online=none."
+            )
         for block in self.blocks:
             self.turn(block)
 
@@ -59,7 +61,8 @@ class Rotated(Online):
         super().__init__(checkpoint, device)
         if not any(_downs(block) for block in self.blocks):
             raise TransformError(
-                f"online: r4 does not fit {checkpoint.name}: it has no down_proj that is a linear layer."
+                f"online: r4 does not fit {checkpoint.name}: it has no down_proj that is a linear layer; leave it out: "
+                "--set online=none."
             )
 
     def turn(self, block: nn.Module) -> None:

@@ -237,7 +237,7 @@ def load_recipe(source: Path | str, /, **overrides: Any) -> Recipe:
     import yaml
 
     path = Path(source)
-    path = path if path.exists() else shipped().get(str(source), path)
+    path = path if path.is_file() else shipped().get(str(source), path)
     try:
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:

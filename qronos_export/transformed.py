@@ -27,7 +27,7 @@ from qronos_export.transforms import TRANSFORMS, Goal, InputStats, Outside, Tran
 from qronos_export.transforms.anatomy import Anatomy, dissect
 from qronos_export.transforms.scaling import search_format
 
-SAME = 1e-3  # largest difference of logits that is arithmetic, as a share of the largest logit
+SAME = 1e-4  # largest difference of logits that is arithmetic, as a share of the largest logit
 PROBE = torch.arange(5, 37)[None]  # int64 [1, 32], any tokens: what a transform without inputs is shown
 _PROBED = PROBE.shape[1]  # tokens that show how a block is joined, and that logits are compared on
 _SAMPLE = 512  # inputs kept per module for searches that round them
@@ -103,13 +103,14 @@ def assist(
     tokens: Tensor,
     formats: Sequence[str],
     micro_batch: int,
+    activations: str,
     ranks: Ranks,
     linear: Linear,
 ) -> None:
     """The part in `transformed` of every process but the first: some of the sequences and of the searches."""
     source, names = checkpoint, list(names)
     for number, name in enumerate(names, start=1):
-        transform = TRANSFORMS[name](Goal(coarsest(formats), 0, ranks=ranks))
+        transform = TRANSFORMS[name](Goal(coarsest(formats), 0, activations, ranks=ranks))
         if transform.needs_inputs:
             with contextlib.suppress(TransformError):  # of which the first process tells
                 _apply(transform, source, None, tokens, micro_batch, ranks, linear)
@@ -198,7 +199,7 @@ def _observe(
     all `ranks`."""
     modules = dict(module.named_modules())
     places = [reader.name for norm in anatomy.norms for reader in norm.readers[:1]]
-    places += [pair.second.name for pair in anatomy.pairs if pair.second.name in modules]
+    places += [pair.second.name for pair in anatomy.pairs if pair.is_linear and pair.second.name in modules]
     stats: dict[str, InputStats] = {}
     seen: dict[str, int] = {}
 

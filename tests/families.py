@@ -60,6 +60,11 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "norm_topk_prob": True,
         **EXPERTS,
     },
+    # LayerNorms with biases, and in the latter two no gate: what `up` returns goes through an activation function.
+    # Heads are as large as hidden_size says.
+    "stablelm": {"tie_word_embeddings": False, "hidden_size": 128},
+    "starcoder2": {"tie_word_embeddings": False, "hidden_size": 128, "sliding_window": None},
+    "nemotron": {"tie_word_embeddings": False, "hidden_size": 128},
 }
 FAMILIES: tuple[str, ...] = tuple(CONFIGS)
 SENTENCEPIECE: dict[str, dict[str, Any]] = {
@@ -76,7 +81,7 @@ SENTENCEPIECE: dict[str, dict[str, Any]] = {
         "user_defined_symbols": "<mask>",
     },
 }
-SENTENCEPIECE["llama_tied"] = SENTENCEPIECE["mixtral"] = SENTENCEPIECE["llama"]
+SENTENCEPIECE |= dict.fromkeys(("llama_tied", "mixtral", "nemotron"), SENTENCEPIECE["llama"])
 VOCABULARY = 1024
 
 

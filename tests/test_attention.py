@@ -14,7 +14,7 @@ from formats.block import Integers
 from formats.parallel import one_thread
 from qronos_export import calibration
 from qronos_export.artifact.gguf import StoredTensor, Target
-from qronos_export.attention import Attention, Rotation, check_attention, read_attention
+from qronos_export.attention import Attention, Rotation, _window, check_attention, read_attention
 from qronos_export.calibration import Clock, Group, Matrix
 from qronos_export.checkpoint import LazyModel, open_checkpoint
 from qronos_export.corpus import held_out_text
@@ -136,12 +136,13 @@ def test_the_cost_of_both_sides_falls(name: str, fmt: BlockFormat) -> None:
     assert handed_on > own
 
 
-def test_rotations_average_over_pairs_of_positions() -> None:
-    """Against the sum over all m and n ≤ m, also where only a part of a head turns."""
+@pytest.mark.parametrize("window", [9, 4])
+def test_rotations_average_over_pairs_of_positions(window: int) -> None:
+    """Against the sum over all m and the n ≤ m in its window, also where only a part of a head turns."""
     generator = torch.Generator().manual_seed(0)
     length, size, turned = 9, 10, 6
     angles = torch.arange(length)[:, None] * torch.tensor([1.0, 0.3, 0.01]).repeat(2)
-    rotation = Rotation.of((angles.cos()[None], angles.sin()[None]), size, length)
+    rotation = replace(Rotation.of((angles.cos()[None], angles.sin()[None]), size, length), window=window)
     moment = spread(size)
     matrices = [rotation.apply(torch.eye(size)[:, None].expand(-1, length, -1))[:, n].T for n in range(length)]
     vector = torch.randn(length, size, generator=generator)
@@ -151,7 +152,7 @@ def test_rotations_average_over_pairs_of_positions() -> None:
     for backwards in (False, True):
         total, pairs = torch.zeros(size, size), 0
         for m in range(length):
-            for n in range(m + 1):
+            for n in range(max(0, m + 1 - window), m + 1):
                 between = matrices[n].T @ matrices[m]  # what q_m meets k_n with, seen from n
                 between = between.T if backwards else between
                 total, pairs = total + between @ moment @ between.T, pairs + 1
@@ -159,8 +160,9 @@ def test_rotations_average_over_pairs_of_positions() -> None:
     mean = torch.randn(size, generator=generator)
     common = torch.zeros(size, size)
     for m in range(length):
-        met = torch.stack([matrices[m].T @ matrices[n] @ mean for n in range(m + 1)]).mean(0)
-        common += (m + 1) * met.outer(met)
+        reach = range(max(0, m + 1 - window), m + 1)
+        met = torch.stack([matrices[m].T @ matrices[n] @ mean for n in reach]).mean(0)
+        common += len(reach) * met.outer(met)
     torch.testing.assert_close(rotation.common(mean), common / pairs, rtol=1e-4, atol=1e-4)
     alike = Rotation.of(None, size, length)
     torch.testing.assert_close(alike.common(mean), mean.outer(mean))
@@ -227,6 +229,18 @@ def test_heads_are_joined_by_what_attention_does(model: LazyModel) -> None:
         found = coupled[10_000 + attention.key.start + group * size].hessian
         expected = attention.rotation.mean(queries[mine].sum(0), backwards=False)
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("window", [None, 8, 100])
+def test_sliding_windows_are_read_off_the_mask(window: int | None, tmp_path: Path) -> None:
+    folder = make("mixtral", tmp_path / "tiny", sliding_window=window)
+    attention, hidden, _ = read(LazyModel(open_checkpoint(str(folder))))
+    length = hidden.shape[1]
+    assert attention.rotation is not None and attention.rotation.window == min(window or length, length)
+    band = torch.ones(6, 6).tril() - torch.ones(6, 6).tril(-2)
+    chunks = torch.ones(3, 3).tril().bool()
+    assert _window(band.bool()) == _window(band.log()) == 2
+    assert _window(torch.block_diag(chunks, chunks)) == 6
 
 
 def test_moments_are_those_of_the_outputs(model: LazyModel) -> None:

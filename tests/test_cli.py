@@ -177,6 +177,8 @@ def test_shipped_recipes_are_recipes(tmp_path: Path, monkeypatch: pytest.MonkeyP
     with pytest.raises(UsageError, match=r"no recipe q4_9: no such file, nor one of .*q4_0"):
         load_recipe("q4_9", model="demo")
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "q4_0").mkdir()  # say, the output of an earlier run
+    assert load_recipe("q4_0", model="demo").format == "Q4_0"
     assert isinstance(runner.invoke(app, ["recipe", "show", "nothing"]).exception, UsageError)
 
 

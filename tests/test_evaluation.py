@@ -29,7 +29,7 @@ from qronos_export.events import Step
 from qronos_export.online import online_model
 from qronos_export.proof import Held
 from qronos_export.recipe import ACTIVATIONS as NAMES
-from qronos_export.recipe import Recipe
+from qronos_export.recipe import Recipe, load_recipe, shipped
 from qronos_export.resolved import matched
 from qronos_export.streams import Passengers, calibrate
 from tests.families import FAMILIES, make
@@ -81,6 +81,18 @@ def test_finer_is_closer(family: str, text: Path, tmp_path: Path) -> None:
         assert eight < 1e-3
         assert kl(activations="int8") > eight  # the inputs are rounded, too
     assert kl(format="INT2", method="rtn") > two
+
+
+@pytest.mark.parametrize("name", [name for name, path in shipped().items() if "`evaluate`" in path.read_text()])
+def test_shipped_recipes_run(name: str, text: Path, tmp_path: Path) -> None:
+    """Those for `evaluate`: all that each asks for fits a plain Llama."""
+    recipe = load_recipe(
+        name, model=str(make("llama", tmp_path / "tiny")), calibration=str(text), samples=4, sequence_length=64,
+        spin_steps=2,
+    )  # fmt: skip
+    found = measure(Path(recipe.model), recipe, text)
+    assert found.perplexity is not None and math.isfinite(found.perplexity)
+    assert found.kl_divergence is not None and found.kl_divergence > 0
 
 
 def test_what_is_measured_on_is_not_calibrated_on(tmp_path: Path) -> None:
@@ -243,7 +255,7 @@ def test_incoherent_layers_that_share_an_input_stay_a_group(tmp_path: Path) -> N
 
 @pytest.mark.parametrize("name", ["r4", "quip"])
 def test_experts_are_not_rotated_online(name: str, tmp_path: Path) -> None:
-    with pytest.raises(TransformError, match=f"online: {name} does not fit tiny: it has experts"):
+    with pytest.raises(TransformError, match=f"{name} does not fit tiny: it has experts; .* --set online=none"):
         online_model([name], open_checkpoint(str(make("mixtral", tmp_path / "tiny"))))
 
 
@@ -276,10 +288,15 @@ def test_inputs_are_rounded_by_the_type_of_the_weight(text: Path, tmp_path: Path
         assert found is not None
         return found
 
-    for format, kind, other in (("Q4_0", "q8_0", "q8_k"), ("Q4_K", "q8_k", "q8_0"), ("BF16", "none", "q8_0")):
+    for format, kind, other in (("Q4_0", "q8_0", "q8_k"), ("Q4_K", "q8_k", "q8_0"), ("F32", "none", "q8_0")):
         assert kl(format, "llama.cpp") == kl(format, kind) != kl(format, other)
     assert [activation("llama.cpp", FORMATS[name]) for name in ("IQ4_XS", "TQ2_0", "TQ1_0", "Q6_K")] == [q8_k] * 4
     assert [activation("llama.cpp", FORMATS[name]) for name in ("Q5_1", "NVFP4", "Q1_0", "IQ4_NL")] == [q8_0] * 4
+    x = torch.randn(3, 32, generator=torch.Generator().manual_seed(0))
+    for name, dtype in (("F16", torch.float16), ("BF16", torch.bfloat16)):
+        rounding = activation("llama.cpp", FORMATS[name])
+        assert rounding is not None and torch.equal(rounding(x), x.to(dtype).float())
+    assert kl("BF16", "llama.cpp") > 1.5 * kl("BF16", "none")
     with pytest.raises(UsageError, match=r"llama\.cpp has no kernel for INT4"):
         kl("INT4_G32", "llama.cpp")
 

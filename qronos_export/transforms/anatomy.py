@@ -1,5 +1,5 @@
 """How the parts of a decoder block are joined: who reads which norm, who writes to the residual stream, which two
-matrices have nothing but a product between them.
+matrices hand each other number by number.
 
 Read off a forward pass, not off names of architectures: a weight reads a norm if the tensor it is given is the one the
 norm returned. Only v/o and up/down go by the names that transformers gives them in every family. A transform built on a
@@ -61,6 +61,11 @@ class Norm:
         return weight.detach()
 
     @property
+    def bias(self) -> Tensor | None:
+        bias = getattr(self.module, "bias", None)
+        return bias.detach() if isinstance(bias, Tensor) else None
+
+    @property
     def gain(self) -> Tensor:
         """What it multiplies with, float64 [hidden]; some families store the gain less one."""
         return self.weight.double() + self._offset
@@ -70,10 +75,15 @@ class Norm:
 
     @property
     def _offset(self) -> float:
-        kept = self.weight.clone()
-        self.weight.zero_()
-        silent = float(self.module(torch.ones_like(kept)[None]).abs().max()) < 0.5
-        self.weight.copy_(kept)
+        """What it adds to its weight: whether it is silent without weight and bias, on numbers with a mean of zero,
+        none of which a LayerNorm takes off."""
+        own = [tensor for tensor in (self.weight, self.bias) if tensor is not None]
+        kept = [tensor.clone() for tensor in own]
+        for tensor in own:
+            tensor.zero_()
+        silent = float(self.module(torch.linspace(-1, 1, len(own[0])).to(own[0])[None]).abs().max()) < 0.5
+        for tensor, before in zip(own, kept, strict=True):
+            tensor.copy_(before)
         return 0.0 if silent else 1.0
 
     def fold(self) -> None:
@@ -85,7 +95,7 @@ class Norm:
     @property
     def is_rms(self) -> bool:
         """Whether it only divides by the root mean square: no mean taken off, no bias put on."""
-        if getattr(self.module, "bias", None) is not None:
+        if self.bias is not None:
             return False
         shifted = 3 + torch.linspace(-1, 1, len(self.weight)).to(self.weight)[None]
         expected = shifted.double() / shifted.double().square().mean().sqrt() * self.gain
@@ -94,11 +104,12 @@ class Norm:
 
 @dataclass(frozen=True)
 class Pair:
-    """Two matrices with a product between them: output `i` of `first` meets `second`'s inputs index[i] only.
+    """Two matrices and what goes number by number from the first to the second: rows of `first` may be permuted along
+    with the columns of `second`.
 
     For v/o a head of v serves several heads of o: `copies` [out of first, times] are the columns of `second` per row of
     `first`. `head` is the number of neighbouring rows that may be mixed (v/o), or 1 (up/down: elementwise). `gate` is
-    what the outputs of `first` are multiplied with one by one, if anything.
+    what the outputs of `first` are multiplied with one by one; without it up's go through the activation function.
     """
 
     kind: str
@@ -108,8 +119,14 @@ class Pair:
     head: int
     gate: Linear | None = None
 
+    @property
+    def is_linear(self) -> bool:
+        """Whether a factor of a row of `first` arrives at `second` as it is: gelu and relu² let none pass."""
+        return self.kind == "value" or self.gate is not None
+
     def scale(self, factors: Tensor) -> None:
-        """Divide the outputs of `first` by `factors` float64 [out of first], and make up for it in `second`."""
+        """Divide the outputs of `first` by `factors` float64 [out of first], and make up for it in `second`; for pairs
+        that are linear."""
         self.first.map_outputs(1 / factors)
         spread = torch.empty(self.second.weight.shape[1], dtype=torch.float64, device=factors.device)
         spread[self.copies] = factors[:, None].expand(self.copies.shape)

@@ -12,8 +12,8 @@ equalize is ours. A block has one scale, so columns of one size round best (b = 
 has had later columns make up for it: its input's variance given theirs. The second term is what the runtime's rounding
 of the inputs adds.
 
-Q rounds weights to the artifact's format, and inputs to eight bits in blocks, as llama.cpp does. The identity is always
-among the candidates, so a search never makes its own objective worse.
+Q rounds weights to the artifact's format, and inputs as the run will: to the recipe's `activations`, or as llama.cpp
+does where it names none. The identity is always among the candidates, so a search never makes its own objective worse.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from formats import FORMATS, BlockFormat, FormatError, find_format
-from qronos_export.activations import eight_bits
+from qronos_export.activations import activation
 from qronos_export.errors import TransformError
 from qronos_export.rounding.least_squares import conditional_variance
 from qronos_export.transforms.anatomy import Anatomy, Norm, Pair
@@ -49,6 +49,7 @@ class Scaling(Transform):
 
     def __init__(self, goal: Goal) -> None:
         self._format, self._ranks = goal.format, goal.ranks
+        self._activations = "llama.cpp" if goal.activations == "none" else goal.activations
 
     def block(self, anatomy: Anatomy, inputs: Inputs) -> None:
         for norm in anatomy.norms:
@@ -56,7 +57,7 @@ class Scaling(Transform):
             if known is not None:
                 scale_norm(norm, self._factors([r.weight.float() for r in norm.readers], known))
         for pair in anatomy.pairs:
-            if pair.second.name in inputs:
+            if pair.is_linear and pair.second.name in inputs:
                 scale_pair(pair, self._factors([pair.second.weight.float()], inputs[pair.second.name], pair.copies))
 
     def _factors(self, weights: list[Tensor], inputs: InputStats, copies: Tensor | None = None) -> Tensor:
@@ -72,6 +73,11 @@ class Scaling(Transform):
         errors = self._ranks.values(error, candidates)
         return candidates[errors.index(min(errors))]
 
+    def _arriving(self, x: Tensor) -> Tensor:
+        """Inputs [tokens, features] as a matrix of the artifact's format gets them."""
+        rounding = activation(self._activations, search_format(self._format, x.shape[1]))
+        return rounding(x) if rounding else x
+
     @abstractmethod
     def factors(self, weights: list[Tensor], inputs: InputStats, share: Callable[[Tensor], Tensor]) -> Tensor:
         """Factors for the columns of all `weights` [out, in]; `share` makes equal what must be, [in] → [in]."""
@@ -81,8 +87,8 @@ def scale_norm(norm: Norm, factors: Tensor) -> None:
     """Divide what `norm` returns by `factors` [hidden], and make up for it in its readers."""
     factors = factors.double()
     norm.set_gain(norm.gain / factors)
-    if (bias := getattr(norm.module, "bias", None)) is not None:
-        bias.copy_(bias.double() / factors)
+    if norm.bias is not None:
+        norm.bias.copy_(norm.bias.double() / factors)
     for reader in norm.readers:
         reader.map_inputs(factors)
 
@@ -100,11 +106,17 @@ def shared(factors: Tensor, copies: Tensor) -> Tensor:
 
 
 class SmoothQuant(Scaling):
+    """Loud inputs made quieter by half of what they exceed the weights that read them, without a search (arXiv
+    2211.10438)."""
+
     def factors(self, weights: list[Tensor], inputs: InputStats, share: Callable[[Tensor], Tensor]) -> Tensor:
         return share(_smooth(weights, inputs, 0.5))
 
 
 class AWQ(Scaling):
+    """A power of the inputs' root mean square, by the output error of rounded weights on float inputs (arXiv
+    2306.00978)."""
+
     def factors(self, weights: list[Tensor], inputs: InputStats, share: Callable[[Tensor], Tensor]) -> Tensor:
         power = inputs.hessian.diagonal()
         rms = power.clamp(min=float(power.mean()) * 1e-8 + 1e-30).sqrt()
@@ -116,12 +128,14 @@ class AWQ(Scaling):
 
 
 class Equalize(Scaling):
+    """Columns of like size, but for those whose error costs much: by what error feedback leaves of the rounding of
+    weights, and what the rounding of inputs adds. Ours; looks at 1024 rows at most."""
+
     def factors(self, weights: list[Tensor], inputs: InputStats, share: Callable[[Tensor], Tensor]) -> Tensor:
         step = -(-sum(map(len, weights)) // _ROWS)
         some = torch.cat([weight[::step] for weight in weights])
         cost = conditional_variance(inputs.hessian, 3e-2, "blocks", _SMALLEST_BLOCK)
         rms = some.square().mean(0).clamp(min=1e-20).sqrt()
-        block = runtime_block(self._format, some.shape[1])
 
         def factors(a: float, b: float) -> Tensor:
             return share(_centred(cost**a / rms**b))
@@ -130,8 +144,8 @@ class Equalize(Scaling):
         def error(a: float, b: float) -> float:
             s = factors(a, b)
             rounding = _rounded(some * s, self._format, inputs.hessian.diagonal() / s.square()) / s - some
-            arriving = inputs.sample / s
-            noise = (eight_bits(arriving, block) - arriving).square().mean(0) * s.square()
+            x = inputs.sample / s
+            noise = (self._arriving(x) - x).square().mean(0) * s.square()
             return float((rounding.square() @ cost).sum() + (some.square() @ noise).sum())
 
         a = 0.0
@@ -142,9 +156,12 @@ class Equalize(Scaling):
 
 
 class AQAS(Scaling):
+    """SmoothQuant's factors with the power searched, by the output error of rounded weights on rounded inputs (arXiv
+    2311.05161)."""
+
     def factors(self, weights: list[Tensor], inputs: InputStats, share: Callable[[Tensor], Tensor]) -> Tensor:
         def error(s: Tensor) -> float:
-            rounded = eight_bits(inputs.sample / s, runtime_block(self._format, len(s)))
+            rounded = self._arriving(inputs.sample / s)
             return sum(
                 float((rounded @ _rounded(weight * s, self._format).T - inputs.sample @ weight.T).square().sum())
                 for weight in weights
@@ -182,8 +199,3 @@ def search_format(name: str, columns: int) -> BlockFormat:
             fmt.check(columns)
             return fmt
     return FORMATS["Q4_0"]
-
-
-def runtime_block(format: str, columns: int) -> int:
-    """How many neighbouring inputs share a scale when llama.cpp multiplies with `format`: 256 for K types, else 32."""
-    return 256 if search_format(format, columns).block_size == 256 else _SMALLEST_BLOCK

@@ -17,7 +17,8 @@ from qronos_export.transforms.anatomy import Anatomy
 class Goal:
     """What the weights are changed for.
 
-    format:      of the artifact, which weights will be rounded to.
+    format:      of the artifact, which weights will be rounded to: a type's name, a grid's or a mix's.
+    seed:        of whatever is drawn at random.
     activations: what the run rounds the inputs of matrices to, a name of ACTIVATIONS or none.
     spin_steps:  how often SpinQuant moves its rotations.
     ranks:       who else searches on the same inputs.
