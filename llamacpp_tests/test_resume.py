@@ -25,6 +25,7 @@ from typing import Any
 import pytest
 import torch
 
+from qronos_export.durable import read_record, write_record
 from qronos_export.errors import CheckpointError, OutOfMemoryError, OutputError
 from qronos_export.events import Finished, Resumed, Stage, Step
 from qronos_export.llamacpp import LlamaCpp
@@ -277,12 +278,10 @@ def _model(recipe: Recipe, output: Path) -> Path:
 
 def _edit(output: Path, name: str, value: str) -> None:
     """As if the run had been begun with another `name`."""
-    from qronos_export.resume import _read, _write
-
     path = output / FOLDER / "manifest.json"
-    body = _read(path)
+    body = read_record(path)
     assert body is not None and name in body
-    _write(path, {**body, name: value})
+    write_record(path, {**body, name: value})
 
 
 def test_the_same_run_elsewhere_goes_on(recipe: Recipe, known: Known, llamacpp: LlamaCpp, tmp_path: Path) -> None:

@@ -26,6 +26,7 @@ from qronos_export.calibration import Clock
 from qronos_export.checkpoint import Checkpoint, LazyModel, open_checkpoint
 from qronos_export.choice import choose_types
 from qronos_export.device import pick_device
+from qronos_export.durable import read_raw, write_raw
 from qronos_export.errors import OutOfMemoryError
 from qronos_export.events import Event, Finished, Resumed, Stage, Step
 from qronos_export.folding import fold
@@ -369,7 +370,7 @@ def _draw(
             device=device,
             on_progress=on_progress,
         )
-        drawn.tokens.numpy().tofile(folder / "tokens")
+        write_raw(folder / "tokens", [drawn.tokens])
         return {
             "text": drawn.description,
             "tokens": drawn.tokens.numel(),
@@ -379,5 +380,5 @@ def _draw(
 
     place, result.calibration = pieces.made("tokens", make)
     clock.lap("calibration")
-    ids = torch.from_file(str(place / "tokens"), size=result.calibration["tokens"], dtype=torch.int64)
-    return ids.clone().view(recipe.samples, recipe.sequence_length).to(device)
+    with (place / "tokens").open("rb") as file:
+        return read_raw(file, torch.empty(recipe.samples, recipe.sequence_length, dtype=torch.int64, device=device))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ from qronos_export.recipe import Recipe
 
 SCRATCH = ".qronos-export-"
 """What names of folders that hold no results begin with."""
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 @contextmanager
@@ -49,8 +51,9 @@ def existing(output: Path) -> Iterator[None]:
 
 
 @contextmanager
-def scratch(output: Path, advice: str = "") -> Iterator[Path]:
-    """A new folder inside `output`, gone afterwards. Raises OutputError, ending in `advice`, where writing fails."""
+def scratch(output: Path, again: str = "") -> Iterator[Path]:
+    """A new folder inside `output`, gone afterwards. Raises OutputError where a file cannot be written meanwhile, or
+    read; `again` is with what to run it again."""
     try:
         folder = Path(tempfile.mkdtemp(prefix=SCRATCH, dir=output))
     except OSError as error:
@@ -60,9 +63,18 @@ def scratch(output: Path, advice: str = "") -> Iterator[Path]:
     except OSError as error:
         if ran_out(error):
             raise
-        raise OutputError(f"Writing to {output} failed: {error}.{advice}") from error
+        raise OutputError(_failure(error, output, again)) from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _failure(error: OSError, output: Path, again: str) -> str:
+    """What failed where a run works in `output`; "writing" only where the error says so."""
+    why = error.strerror or str(error) or type(error).__name__
+    if error.errno in _FULL:
+        return f"Writing to {error.filename or output} failed: {why}. Make room there and run it again{again}."
+    what = error.filename or f"a file of the run in {output}"
+    return f"Reading or writing {what} failed: {why}. Mend that and run it again{again}."
 
 
 def check_space(folder: Path, needed: int) -> None:
