@@ -302,6 +302,16 @@ def test_force_begins_anew(recipe: Recipe, known: Known, llamacpp: LlamaCpp, tmp
     events.close()
 
 
+def test_force_without_resume_ends_the_state(recipe: Recipe, known: Known, llamacpp: LlamaCpp, tmp_path: Path) -> None:
+    """Its files are replaced by those of a run that does not know it."""
+    state = known.copy(tmp_path)
+    for force in (False, True):
+        events = run(recipe, tmp_path, llamacpp=llamacpp, held=None, force=force)
+        next(event for event in events if isinstance(event, Stage) and event.name != "load")
+        assert state.is_dir() is not force
+        events.close()
+
+
 def block_file(tensor: str) -> str:
     return f"{hashlib.sha256(tensor.encode()).hexdigest()[:24]}.blocks"
 

@@ -71,6 +71,15 @@ def whole(path: Path, wanted: str) -> bool:
     return path.is_file() and sha256(path) == wanted
 
 
+def contents(path: Path) -> str:
+    """Sha256 of a file, or of the names and sha256 of all files in a folder."""
+    if path.is_file():
+        return sha256(path)
+    files = sorted(file for file in path.rglob("*") if file.is_file())
+    listed = "\n".join(f"{sha256(file)} {file.relative_to(path)}" for file in files)
+    return hashlib.sha256(listed.encode()).hexdigest()
+
+
 def sync(path: Path) -> None:
     """Have the system write a file, or which files a folder has, to the disk."""
     handle = os.open(path, os.O_RDONLY)

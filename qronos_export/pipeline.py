@@ -44,7 +44,7 @@ from qronos_export.ranks import ALONE, Ranks
 from qronos_export.recipe import Recipe
 from qronos_export.report import Artifact, RunReport
 from qronos_export.resolved import matched, replayable
-from qronos_export.resume import Journal, Pieces, State, identity, resumable
+from qronos_export.resume import Journal, Pieces, State, discard, identity, resumable
 from qronos_export.streams import calibrate, round_to_nearest, rounded_cache
 from qronos_export.transformed import PROBE, need_inputs
 from qronos_export.validation import Cache
@@ -248,13 +248,11 @@ def _run(
                 each.store.discard()
             yield Step(done)
         for path in results:
-            if path.is_dir():
-                shutil.rmtree(path)
-            (folder / path.name).replace(path)
+            pieces.deliver(folder / path.name, path)
         clock.lap("write")
         result.seconds = {**clock.seconds, "total": time.perf_counter() - begun}
         result.peak_memory_bytes = max(peak_memory(), journal.peak if journal else 0)
-        result.write(report_path)
+        _report(result, report_path, pieces)
 
         if held and text and "gguf" in recipe.artifacts:
             yield Stage("validate: float model")
@@ -266,11 +264,11 @@ def _run(
                         continue
                     yield Stage(f"validate: {artifact.format}")
                     artifact.validation = against.compare(output / artifact.path, on_chunk=on_progress).to_json()
-                    result.write(report_path)
-                    _state(artifact, output / artifact.path, folder)
+                    _report(result, report_path, pieces)
+                    _state(artifact, output / artifact.path, pieces)
                     clock.lap("validate")
                     result.seconds = {**clock.seconds, "total": time.perf_counter() - begun}
-                    result.write(report_path)
+                    _report(result, report_path, pieces)
         # onnx-mx has types that onnxruntime lacks.
         runnable = [each for each in result.artifacts if not each.path.endswith((".gguf", "-onnx-mx"))]
         if held and text and runnable:
@@ -285,18 +283,24 @@ def _run(
                 artifact.validation = measured.compare(session, on_chunk=on_progress).to_json()
                 clock.lap("validate")
                 result.seconds = {**clock.seconds, "total": time.perf_counter() - begun}
-                result.write(report_path)
+                _report(result, report_path, pieces)
     yield Finished(result, output)
 
 
-def _state(artifact: Artifact, file: Path, folder: Path) -> None:
-    """Put its validation into the metadata of `file`, by way of `folder`."""
+def _report(result: RunReport, path: Path, pieces: Pieces) -> None:
+    written = pieces.folder / path.name
+    result.write(written)
+    pieces.deliver(written, path)
+
+
+def _state(artifact: Artifact, file: Path, pieces: Pieces) -> None:
+    """Put its validation into the metadata of `file`."""
     assert artifact.validation is not None
-    check_space(folder, file.stat().st_size)
-    stated = folder / file.name
+    check_space(pieces.folder, file.stat().st_size)
+    stated = pieces.folder / file.name
     restate(GGUFFile(file), validation_facts(artifact.validation), stated)
     artifact.bytes, artifact.sha256 = stated.stat().st_size, report.sha256(stated)
-    stated.replace(file)
+    pieces.deliver(stated, file)
 
 
 @contextmanager
@@ -315,6 +319,8 @@ def _pieces(
         with resumable(output, results, force, identity(recipe, checkpoint, device, versions)) as state:
             yield state
     else:
+        if force:
+            discard(output)
         with workspace(output, results, force) as folder:
             yield Pieces(folder)
 

@@ -7,7 +7,8 @@ A folder in the output holds it while the run is not over:
     blocks/FORMAT/*.blocks     finished tensors
     step-00007.json .hashes    after so many steps: layers and tensors since the step before; hashes of their rows
     step-00007.hidden          hidden states of all streams, bit for bit; of the last two steps only
-    .qronos-export-*           scratch of a run, of no use to another
+    results.json               sha256 of results that this run put in place
+    .qronos-export-run-*       scratch of a run, of no use to another
 
 A step is the embedding, a decoder block or the head. Files are on the disk (fsync) with their checksums in a .json that
 then appears there by renaming; a .json has one of itself. Nothing here draws from a generator that outlives a group of
@@ -16,7 +17,6 @@ layers: seeds are in the recipe, so there is no state of one to keep.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
@@ -36,17 +36,18 @@ from qronos_export.artifact.gguf import GGUFFile
 from qronos_export.calibration import Clock
 from qronos_export.checkpoint import Checkpoint
 from qronos_export.decoder import MicroBatch
-from qronos_export.durable import read_raw, read_record, sync, sync_all, whole, write_raw, write_record
+from qronos_export.durable import contents, read_raw, read_record, sync, sync_all, whole, write_raw, write_record
 from qronos_export.errors import CalibrationError, OutputError, PlanError, TransformError, UsageError
 from qronos_export.memory import peak_memory
 from qronos_export.plan import Mix, Plan
 from qronos_export.recipe import Recipe
 from qronos_export.report import LayerReport, RunReport, sha256
-from qronos_export.workspace import SCRATCH, check_free, existing, scratch
+from qronos_export.workspace import SCRATCH, check_free, existing, lock, scratch, sweep
 
-FOLDER = f"{SCRATCH}resume"
+FOLDER = ".qronos-export-resume"
 SCHEMA = 1
 _MANIFEST = "manifest.json"
+_RESULTS = "results.json"
 _KEPT = 2  # steps whose hidden states are there
 _MENDED_BY_ANOTHER = (UsageError, PlanError, TransformError, CalibrationError)
 """Errors that another recipe or text mends, which what was finished would not fit."""
@@ -57,11 +58,11 @@ _DESCRIBES = {".json", ".model", ".jinja", ".txt", ".md", ".py"}  # files beside
 def resumable(output: Path, results: list[Path], force: bool, wanted: Mapping[str, str]) -> Iterator[State]:
     """The state of a run of identity `wanted`, new or as a run before left it; gone once all went well.
 
-    Raises OutputError where the state is another run's or is in use (`force` begins anew then), or where results exist
-    that cannot be of this run.
+    Raises OutputError where the state is in use, or another run's (`force` begins anew then), or where results exist
+    that are not of this run (`force` replaces them).
     """
-    root, over = output / FOLDER, output / f"{FOLDER}-over"
-    shutil.rmtree(over, ignore_errors=True)  # of a run that was killed when all was done
+    root = output / FOLDER
+    sweep(output)
     continued = (root / _MANIFEST).exists()
     if not continued:
         check_free(results, force)
@@ -78,6 +79,8 @@ def resumable(output: Path, results: list[Path], force: bool, wanted: Mapping[st
                         "or give --force."
                     )
                 continued = False
+            if continued and not force:
+                _check_own(root, results)
             for left in root.iterdir() if not continued else root.glob(f"{SCRATCH}*"):
                 shutil.rmtree(left) if left.is_dir() else left.unlink()
             try:
@@ -90,21 +93,42 @@ def resumable(output: Path, results: list[Path], force: bool, wanted: Mapping[st
                 if not continued and (mends or len(list(root.glob("*.json"))) < 2):
                     shutil.rmtree(root, ignore_errors=True)
                 raise
-            for path in results:
-                sync_all(path)
             sync(output)
-            shutil.rmtree(root.rename(over))
+            _remove(root)
+
+
+def discard(output: Path) -> None:
+    """Remove the state of a run in `output` unless that is under way: another replaces its results."""
+    if not (output / FOLDER).is_dir():
+        return
+    try:
+        handle = lock(output / FOLDER)
+    except OSError:
+        return
+    try:
+        _remove(output / FOLDER)
+    finally:
+        os.close(handle)
+
+
+def _remove(root: Path) -> None:
+    """At once, so that nobody goes on behind half of it; what a kill leaves of it is swept."""
+    shutil.rmtree(root.rename(root.with_name(f"{SCRATCH}over")))
 
 
 @contextmanager
 def _alone(root: Path) -> Iterator[None]:
     """Holds the folder's lock, which ends with the process whatever ends that."""
-    handle = os.open(root, os.O_RDONLY)
     try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise OutputError(f"Another run works in {root}; wait for it, or choose another --output.") from error
+        handle = lock(root)
+    except BlockingIOError as error:
+        raise OutputError(f"Another run works in {root}; wait for it, or choose another --output.") from error
+    except OSError as error:
+        raise OutputError(
+            f"{root} cannot be locked ({error.strerror}); choose an --output on another file system, or leave out "
+            "--resume."
+        ) from error
+    try:
         yield
     finally:
         os.close(handle)
@@ -117,6 +141,17 @@ def _misfit(root: Path, wanted: Mapping[str, str]) -> str:
         return f"{_MANIFEST} is damaged"
     names = [name for name in {**known, **wanted} if known.get(name) != wanted.get(name)]
     return "; ".join(f"{name} was {known.get(name, 'absent')}, is {wanted.get(name, 'absent')}" for name in names)
+
+
+def _check_own(root: Path, results: list[Path]) -> None:
+    """Raises OutputError where one of `results` exists and the run of this state has not put it there."""
+    own = read_record(root / _RESULTS) or {}
+    for path in results:
+        if path.exists() and contents(path) not in own.get(path.name, []):
+            raise OutputError(
+                f"{path} exists, and the run that {root} continues did not write it. Move it away, or give --force to "
+                "replace it."
+            )
 
 
 def identity(
@@ -179,6 +214,12 @@ class Pieces:
     def store(self, format: str) -> BlockStore:
         return BlockStore(self.folder / "blocks" / format)
 
+    def deliver(self, made: Path, place: Path) -> None:
+        """Move a file or folder to where it is a result, instead of what is there."""
+        if place.is_dir():
+            shutil.rmtree(place)
+        made.replace(place)
+
 
 class State(Pieces):
     """The same in a folder `root` that outlives the process. `damaged` names what had to be made again."""
@@ -209,6 +250,14 @@ class State(Pieces):
 
     def store(self, format: str) -> BlockStore:
         return BlockStore(self.root / "blocks" / format)
+
+    def deliver(self, made: Path, place: Path) -> None:
+        """The same after it is on the disk and known for this run's own."""
+        sync_all(made)
+        own = read_record(self.root / _RESULTS) or {}
+        own.setdefault(place.name, []).append(contents(made))
+        write_record(self.root / _RESULTS, own)
+        super().deliver(made, place)
 
     def taken(self, *patterns: str) -> int:
         found = [file for pattern in patterns for top in self.root.glob(pattern) for file in (top, *top.rglob("*"))]

@@ -69,7 +69,7 @@ def test_numbers_that_end_early(tmp_path: Path) -> None:
     [
         (OSError(errno.ENOSPC, "No space left on device"), "Writing to {} failed: No space left on device. Make room"),
         (OSError(errno.EDQUOT, "Quota exceeded", "/a/file"), "Writing to /a/file failed: Quota exceeded. Make room"),
-        (FileNotFoundError(errno.ENOENT, "No such file", "/a/text"), "Reading or writing /a/text failed: No such file."),
+        (FileNotFoundError(errno.ENOENT, "No such file", "/a/text"), "Reading or writing /a/text failed: No such"),
         (OSError("600 requested and 0 written"), "a file of the run in {} failed: 600 requested and 0 written. Mend"),
         (OSError(), "a file of the run in {} failed: OSError. Mend that and run it again with --resume."),
     ],
