@@ -27,12 +27,11 @@ from qronos_export.checkpoint import Checkpoint, LazyModel, open_checkpoint
 from qronos_export.choice import choose_types
 from qronos_export.device import pick_device
 from qronos_export.durable import read_raw, write_raw
-from qronos_export.errors import OutOfMemoryError
 from qronos_export.events import Event, Finished, Resumed, Stage, Step
 from qronos_export.folding import fold
 from qronos_export.followers import Work
 from qronos_export.llamacpp import LlamaCpp
-from qronos_export.memory import peak_memory, ran_out
+from qronos_export.memory import give_back, peak_memory
 from qronos_export.onnx_export import float_graph, onnx_folder, onnx_versions, write_onnx
 from qronos_export.onnx_validation import TorchReference, open_session
 from qronos_export.output import Output
@@ -45,6 +44,7 @@ from qronos_export.recipe import Recipe
 from qronos_export.report import Artifact, RunReport
 from qronos_export.resolved import matched, replayable
 from qronos_export.resume import Journal, Pieces, State, discard, identity, resumable
+from qronos_export.shortage import Where, named
 from qronos_export.streams import calibrate, round_to_nearest, rounded_cache
 from qronos_export.transformed import PROBE, need_inputs
 from qronos_export.validation import Cache
@@ -70,40 +70,11 @@ def run(
     Raises QronosError; then, and when interrupted, nothing partial is left in `output`. With `resume` what is finished
     stays there in a hidden folder, however the run ends before it is over, and the next one goes on behind it.
     """
-    stage = "load"
-    with closing(_run(recipe, output, llamacpp, held, force, resume, on_progress, ranks)) as events:
-        try:
-            for event in events:
-                stage = event.name if isinstance(event, Stage) else stage
-                yield event
-        except (MemoryError, RuntimeError, OSError) as error:
-            if not ran_out(error):
-                raise
-            what = [*str(error).splitlines(), type(error).__name__][0]
-            raise OutOfMemoryError(
-                f"Memory ran out in the stage {stage!r} ({what}). {_needs_less(stage, recipe)}"
-            ) from error
-
-
-def _needs_less(stage: str, recipe: Recipe) -> str:
-    """What to change where memory does not suffice for a stage."""
-    batch = f"a smaller --micro-batch (it is {recipe.micro_batch})"
-    if stage == "calibration text":
-        return "Sampling loads the whole model; give a text with --calibration FILE."
-    if stage == "transforms":
-        if "spinquant" in recipe.transform_names:
-            return "spinquant learns through the whole model; choose other --transforms."
-        return f"Try {batch}, or --transforms none."
-    if stage == "layers" and recipe.method != "rtn":
-        formats = ", one --format at a time" if len(recipe.formats) > 1 else ""
-        if recipe.offload == "none":
-            batch = f"--offload disk, {batch}"
-        return f"Try {batch}, fewer --samples (they are {recipe.samples} × {recipe.sequence_length} tokens){formats}."
-    if stage == "onnx graph":
-        return "onnxruntime-genai's builder holds the model in float32; leave onnx out of --artifact."
-    if stage.startswith("validate"):
-        return f"Try {batch}, a smaller --context, or --no-validate."
-    return "Embedding, head and one decoder block have to fit in float32; use a machine with more memory."
+    where = Where(recipe, resume)
+    with named(where), closing(_run(recipe, output, llamacpp, held, force, resume, on_progress, ranks)) as events:
+        for event in events:
+            where.stage = event.name if isinstance(event, Stage) else where.stage
+            yield event
 
 
 def _run(
@@ -223,6 +194,9 @@ def _run(
         for each in outputs:
             result.kept += each.kept(source, plan)
             result.substitutes += each.substitutes()
+        earlier_peak = journal.peak if journal else 0
+        del model, plan, rounded, tokens, journal  # what follows needs none of their memory
+        give_back()
 
         yield Stage("write", len(outputs))
         clock.lap(None)
@@ -244,14 +218,14 @@ def _run(
                 )  # fmt: skip
                 result.artifacts.append(written)
                 result.notes += [note for note in notes if note not in result.notes]
-            if journal is None:
+            if not resume:
                 each.store.discard()
             yield Step(done)
         for path in results:
             pieces.deliver(folder / path.name, path)
         clock.lap("write")
         result.seconds = {**clock.seconds, "total": time.perf_counter() - begun}
-        result.peak_memory_bytes = max(peak_memory(), journal.peak if journal else 0)
+        result.peak_memory_bytes = max(peak_memory(), earlier_peak)
         _report(result, report_path, pieces)
 
         if held and text and "gguf" in recipe.artifacts:
