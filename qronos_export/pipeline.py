@@ -25,7 +25,6 @@ from qronos_export.attention import check_attention
 from qronos_export.calibration import Clock
 from qronos_export.checkpoint import Checkpoint, LazyModel, open_checkpoint
 from qronos_export.choice import choose_types
-from qronos_export.device import pick_device
 from qronos_export.durable import read_raw, write_raw
 from qronos_export.events import Event, Finished, Resumed, Stage, Step
 from qronos_export.folding import fold
@@ -88,10 +87,10 @@ def _run(
     ranks: Ranks,
 ) -> Generator[Event, None, None]:
     begun = time.perf_counter()
-    device = ranks.device(pick_device(recipe.device))
     yield Stage("load")
     check_recipe(recipe, held, llamacpp)
     check_ranks(recipe, ranks, resume)
+    device = ranks.device(recipe.device)
     layouts = [each for each in recipe.artifacts if each != "gguf"]
     versions = report.versions(llamacpp.version) | (onnx_versions() if layouts else {})
     checkpoint = open_checkpoint(recipe.model)
