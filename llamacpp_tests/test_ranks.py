@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import socket
 import subprocess
 import sys
 from dataclasses import replace
@@ -34,6 +37,73 @@ def quantize(model: Path, output: Path, text: Path, llamacpp: LlamaCpp, ranks: i
         raise ChildProcessError(done.stderr)
     report: dict[str, Any] = json.loads((output / "report.json").read_text())
     return report
+
+
+def pair(*arguments: str) -> list[tuple[int, str]]:
+    """Exit code and printed errors of two processes of `tests.two_ranks`; without torchrun, which ends the other."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-m", "tests.two_ranks", *arguments],
+            cwd=Path(__file__).parents[1], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+            env={**os.environ, **shared, "RANK": rank, "LOCAL_RANK": rank, "TORCHELASTIC_RUN_ID": "test"},
+        )
+        for rank in "01"
+    ]  # fmt: skip
+    printed = [process.communicate(timeout=300)[1] for process in processes]
+    return [(process.returncode, text) for process, text in zip(processes, printed, strict=True)]
+
+
+def test_sums_and_shards_are_those_of_one_process() -> None:
+    """What each process has of the tokens, merged rows, and codes of shards on equal statistics, which are equal."""
+    for code, printed in pair("checks"):
+        assert code == 0, printed
+
+
+@pytest.mark.parametrize("how", ["memory", "killed"])
+def test_who_fails_says_why_and_the_other_that_it_is_gone(
+    how: str, llamacpp: LlamaCpp, english: Path, tmp_path: Path
+) -> None:
+    model = make("llama", tmp_path / "tiny")
+    (first, said), (second, why) = pair(
+        how, "quantize", str(model), "--output", str(tmp_path / "out"), "--calibration", str(english), "--samples", "4",
+        "--sequence-length", "32", "--transforms", "none", "--no-validate", "--llamacpp", str(llamacpp.bin_folder),
+    )  # fmt: skip
+    assert (first, second) == (1, 1 if how == "memory" else -signal.SIGKILL), said + why
+    assert "error: Another process of this run failed or is gone (" in said and "Traceback" not in said + why
+    if how == "memory":
+        assert "error: Memory ran out in the stage 'layers' (DefaultCPUAllocator: can't allocate memory). Try" in why
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "gpus", "says"),
+    [
+        ("cuda:1", 2, "--device cuda:1 is one GPU for 2 processes; leave it out"),
+        ("cuda", 1, "2 processes on this machine need as many GPUs, and torch finds 1; start torchrun with"),
+        ("auto", 1, "2 processes on this machine need as many GPUs, and torch finds 1; start torchrun with"),
+        ("auto", 2, ""),
+        ("cpu", 1, ""),
+    ],
+)
+def test_each_process_has_a_gpu_of_its_own(name: str, gpus: int, says: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is torch's current one before anything is made on a GPU, or the run is refused before anything is done."""
+    done: list[object] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(torch.cuda, "set_device", done.append)
+    monkeypatch.setattr("qronos_export.ranks.pick_device", lambda name: done.append(name) or torch.device(name))
+    ranks = Ranks(1, 2, local=1, here=2)
+    if says:
+        with pytest.raises(UsageError, match=says):
+            check_ranks(Recipe("model", device=name), ranks)
+        assert not done
+        return
+    check_ranks(Recipe("model", device=name), ranks)
+    device = ranks.device(name)
+    assert (str(device), done) == (("cpu", ["cpu"]) if name == "cpu" else ("cuda:1", [1, "cuda:1"]))
 
 
 @pytest.mark.parametrize(

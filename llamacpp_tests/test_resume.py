@@ -6,6 +6,7 @@ what that calls; SIGTERM is tried on `python -m qronos_export` itself.
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import os
@@ -16,6 +17,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -25,6 +27,8 @@ from typing import Any
 import pytest
 import torch
 
+from qronos_export import pipeline
+from qronos_export.durable import read_record, write_record
 from qronos_export.errors import CheckpointError, OutOfMemoryError, OutputError
 from qronos_export.events import Finished, Resumed, Stage, Step
 from qronos_export.llamacpp import LlamaCpp
@@ -277,12 +281,10 @@ def _model(recipe: Recipe, output: Path) -> Path:
 
 def _edit(output: Path, name: str, value: str) -> None:
     """As if the run had been begun with another `name`."""
-    from qronos_export.resume import _read, _write
-
     path = output / FOLDER / "manifest.json"
-    body = _read(path)
+    body = read_record(path)
     assert body is not None and name in body
-    _write(path, {**body, name: value})
+    write_record(path, {**body, name: value})
 
 
 def test_the_same_run_elsewhere_goes_on(recipe: Recipe, known: Known, llamacpp: LlamaCpp, tmp_path: Path) -> None:
@@ -301,6 +303,16 @@ def test_force_begins_anew(recipe: Recipe, known: Known, llamacpp: LlamaCpp, tmp
     next(event for event in events if isinstance(event, Stage) and event.name not in ("load", "checksums"))
     assert not list((tmp_path / FOLDER).glob("step-*"))
     events.close()
+
+
+def test_force_without_resume_ends_the_state(recipe: Recipe, known: Known, llamacpp: LlamaCpp, tmp_path: Path) -> None:
+    """Its files are replaced by those of a run that does not know it."""
+    state = known.copy(tmp_path)
+    for force in (False, True):
+        events = run(recipe, tmp_path, llamacpp=llamacpp, held=None, force=force)
+        next(event for event in events if isinstance(event, Stage) and event.name != "load")
+        assert state.is_dir() is not force
+        events.close()
 
 
 def block_file(tensor: str) -> str:
@@ -410,6 +422,27 @@ def test_a_full_disk_keeps_what_is_finished(recipe: Recipe, known: Known, llamac
     assert [path.name for path in tmp_path.iterdir()] == [FOLDER]
     assert finish(recipe, tmp_path, llamacpp) == (3, [])
     assert result(tmp_path) == known.result
+
+
+def test_the_model_is_gone_before_files_are_written(
+    recipe: Recipe, llamacpp: LlamaCpp, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Embedding and head in float32 are no use any more, nor is the plan."""
+    made: list[weakref.ref[Any]] = []
+    for name in ("LazyModel", "Plan"):
+        kind = getattr(pipeline, name)
+
+        def make(*given: Any, kind: Any = kind) -> Any:
+            made.append(weakref.ref(fresh := kind(*given)))
+            return fresh
+
+        monkeypatch.setattr(pipeline, name, make)
+    quick = replace(recipe, transforms="none", attention_aware=None)
+    events = begin(quick, tmp_path, llamacpp)
+    next(event for event in events if isinstance(event, Stage) and event.name == "write")
+    gc.collect()
+    assert made and not any(each() for each in made)
+    events.close()
 
 
 def test_a_shard_that_disappears(recipe: Recipe, llamacpp: LlamaCpp, tmp_path: Path) -> None:

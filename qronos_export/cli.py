@@ -10,7 +10,7 @@ import os
 import signal
 import sys
 import traceback
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 
@@ -69,11 +69,25 @@ def root(
     pass
 
 
+_ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+def _end(number: int, _: object) -> NoReturn:
+    """Ends the program by an exception; from then on such signals do nothing, so that what follows is finished."""
+    for each in _ENDING:
+        signal.signal(each, lambda *_: None)
+    if number == signal.SIGINT:
+        raise KeyboardInterrupt
+    sys.exit(128 + number)
+
+
 def main() -> None:
     """The console entry point: errors of ours become one message and an exit code, others a bug report. Ctrl-C exits
-    with 130, SIGTERM with 143, after everything that was begun has been cleared away."""
+    with 130, SIGTERM with 143, SIGHUP with 129, after everything that was begun has been cleared away."""
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: busy waiting on a shared core costs eight times
-    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    for each in _ENDING:
+        if signal.getsignal(each) != signal.SIG_IGN:  # as nohup has SIGHUP, and a shell Ctrl-C of what it runs aside
+            signal.signal(each, _end)
     debug = "--debug" in sys.argv[1:]
     if debug:  # wherever it stands
         sys.argv = [sys.argv[0], "--debug", *(argument for argument in sys.argv[1:] if argument != "--debug")]

@@ -1,4 +1,4 @@
-"""Where to compute."""
+"""Where to compute, and how exactly."""
 
 from __future__ import annotations
 
@@ -8,7 +8,11 @@ from qronos_export.errors import UsageError
 
 
 def pick_device(name: str) -> torch.device:
-    """`auto` is the first GPU, or the CPU. Raises UsageError for a device torch does not have."""
+    """`auto` is the first GPU, or the CPU. Raises UsageError for a device torch does not have.
+
+    From then on products of float32 are computed in float32, whatever was set before: TF32 has 10 bits, too few for H.
+    """
+    torch.set_float32_matmul_precision("highest")
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

@@ -9,6 +9,7 @@
     ├── ArtifactError         the written file is not what was calibrated
     ├── OutputError           the place to write to: occupied, full, read-only
     ├── OutOfMemoryError      of this machine or its GPU; the message says in which phase, and what needs less
+    ├── RankError             another process of the run failed or is gone
     ├── LlamaCppError         llama.cpp is missing, too old, or a tool of it failed
     ├── PublishError          results are not fit to be published, or the hub did not take them
     ├── ReportError           a report.json or a baseline cannot be read or compared
@@ -54,6 +55,10 @@ class OutputError(QronosError):
 
 
 class OutOfMemoryError(QronosError):
+    pass
+
+
+class RankError(QronosError):
     pass
 
 

@@ -11,11 +11,11 @@ from qronos_export.artifact.gguf import GGUFFile
 from qronos_export.artifact.gguf_rows import RowIndex
 from qronos_export.calibration import Clock
 from qronos_export.checkpoint import Checkpoint, LazyModel
-from qronos_export.device import pick_device
 from qronos_export.folding import Folding, help_fold
 from qronos_export.plan import Mix, Plan
 from qronos_export.ranks import Ranks
 from qronos_export.recipe import Recipe
+from qronos_export.shortage import Where, named
 from qronos_export.streams import calibrate
 
 
@@ -47,13 +47,19 @@ class Nowhere:
 
 
 def follow(ranks: Ranks) -> None:
-    """The part in `run` of every process but the first."""
+    """The part in `run` of every process but the first. Raises QronosError."""
     work: Work | Folding = ranks.receive()
-    device = ranks.device(pick_device(work.recipe.device))
+    device = ranks.device(work.recipe.device)
     if isinstance(work, Folding):
-        help_fold(work, device, ranks)
+        with named(Where(work.recipe, stage="transforms")):
+            help_fold(work, device, ranks)
         work = ranks.receive()
         assert isinstance(work, Work)
+    with named(Where(work.recipe, stage="layers")):
+        _calibrate(work, device, ranks)
+
+
+def _calibrate(work: Work, device: torch.device, ranks: Ranks) -> None:
     source = GGUFFile(work.source)
     plan = Plan(source, RowIndex(source, list(dict.fromkeys(name for mix in work.mixes for name in mix.quantized))))
     outputs = [Nowhere(mix) for mix in work.mixes]

@@ -37,10 +37,21 @@ def give_back() -> None:
         trim(0)
 
 
+_WORDS = (
+    "out of memory",  # CUDA, NCCL
+    "can't allocate memory",  # torch on a CPU
+    "Cannot allocate memory",  # mmap
+    "std::bad_alloc",
+    "_STATUS_ALLOC_FAILED",  # cuBLAS, cuSOLVER, cuSPARSE, cuDNN
+    "could not create a memory",  # oneDNN
+)
+
+
 def ran_out(error: BaseException) -> bool:
-    """Whether `error` says that memory did not suffice. torch has no type of its own for that on a CPU."""
+    """Whether `error` says that memory did not suffice. torch has no type of its own for that on a CPU, and libraries
+    for GPUs have their words for it."""
     if isinstance(error, OSError):
         return error.errno == errno.ENOMEM
     if isinstance(error, RuntimeError) and not isinstance(error, torch.OutOfMemoryError):
-        return any(words in str(error) for words in ("can't allocate memory", "std::bad_alloc"))
+        return any(words in str(error) for words in _WORDS)
     return isinstance(error, MemoryError | torch.OutOfMemoryError)

@@ -25,13 +25,12 @@ from qronos_export.attention import check_attention
 from qronos_export.calibration import Clock
 from qronos_export.checkpoint import Checkpoint, LazyModel, open_checkpoint
 from qronos_export.choice import choose_types
-from qronos_export.device import pick_device
-from qronos_export.errors import OutOfMemoryError
+from qronos_export.durable import read_raw, write_raw
 from qronos_export.events import Event, Finished, Resumed, Stage, Step
 from qronos_export.folding import fold
 from qronos_export.followers import Work
 from qronos_export.llamacpp import LlamaCpp
-from qronos_export.memory import peak_memory, ran_out
+from qronos_export.memory import give_back, peak_memory
 from qronos_export.onnx_export import float_graph, onnx_folder, onnx_versions, write_onnx
 from qronos_export.onnx_validation import TorchReference, open_session
 from qronos_export.output import Output
@@ -43,7 +42,8 @@ from qronos_export.ranks import ALONE, Ranks
 from qronos_export.recipe import Recipe
 from qronos_export.report import Artifact, RunReport
 from qronos_export.resolved import matched, replayable
-from qronos_export.resume import Journal, Pieces, State, identity, resumable
+from qronos_export.resume import Journal, Pieces, State, discard, identity, resumable
+from qronos_export.shortage import Where, named
 from qronos_export.streams import calibrate, round_to_nearest, rounded_cache
 from qronos_export.transformed import PROBE, need_inputs
 from qronos_export.validation import Cache
@@ -69,40 +69,11 @@ def run(
     Raises QronosError; then, and when interrupted, nothing partial is left in `output`. With `resume` what is finished
     stays there in a hidden folder, however the run ends before it is over, and the next one goes on behind it.
     """
-    stage = "load"
-    with closing(_run(recipe, output, llamacpp, held, force, resume, on_progress, ranks)) as events:
-        try:
-            for event in events:
-                stage = event.name if isinstance(event, Stage) else stage
-                yield event
-        except (MemoryError, RuntimeError, OSError) as error:
-            if not ran_out(error):
-                raise
-            what = [*str(error).splitlines(), type(error).__name__][0]
-            raise OutOfMemoryError(
-                f"Memory ran out in the stage {stage!r} ({what}). {_needs_less(stage, recipe)}"
-            ) from error
-
-
-def _needs_less(stage: str, recipe: Recipe) -> str:
-    """What to change where memory does not suffice for a stage."""
-    batch = f"a smaller --micro-batch (it is {recipe.micro_batch})"
-    if stage == "calibration text":
-        return "Sampling loads the whole model; give a text with --calibration FILE."
-    if stage == "transforms":
-        if "spinquant" in recipe.transform_names:
-            return "spinquant learns through the whole model; choose other --transforms."
-        return f"Try {batch}, or --transforms none."
-    if stage == "layers" and recipe.method != "rtn":
-        formats = ", one --format at a time" if len(recipe.formats) > 1 else ""
-        if recipe.offload == "none":
-            batch = f"--offload disk, {batch}"
-        return f"Try {batch}, fewer --samples (they are {recipe.samples} × {recipe.sequence_length} tokens){formats}."
-    if stage == "onnx graph":
-        return "onnxruntime-genai's builder holds the model in float32; leave onnx out of --artifact."
-    if stage.startswith("validate"):
-        return f"Try {batch}, a smaller --context, or --no-validate."
-    return "Embedding, head and one decoder block have to fit in float32; use a machine with more memory."
+    where = Where(recipe, resume)
+    with named(where), closing(_run(recipe, output, llamacpp, held, force, resume, on_progress, ranks)) as events:
+        for event in events:
+            where.stage = event.name if isinstance(event, Stage) else where.stage
+            yield event
 
 
 def _run(
@@ -116,10 +87,10 @@ def _run(
     ranks: Ranks,
 ) -> Generator[Event, None, None]:
     begun = time.perf_counter()
-    device = ranks.device(pick_device(recipe.device))
     yield Stage("load")
     check_recipe(recipe, held, llamacpp)
     check_ranks(recipe, ranks, resume)
+    device = ranks.device(recipe.device)
     layouts = [each for each in recipe.artifacts if each != "gguf"]
     versions = report.versions(llamacpp.version) | (onnx_versions() if layouts else {})
     checkpoint = open_checkpoint(recipe.model)
@@ -222,6 +193,9 @@ def _run(
         for each in outputs:
             result.kept += each.kept(source, plan)
             result.substitutes += each.substitutes()
+        earlier_peak = journal.peak if journal else 0
+        del model, plan, rounded, tokens, journal  # what follows needs none of their memory
+        give_back()
 
         yield Stage("write", len(outputs))
         clock.lap(None)
@@ -243,17 +217,15 @@ def _run(
                 )  # fmt: skip
                 result.artifacts.append(written)
                 result.notes += [note for note in notes if note not in result.notes]
-            if journal is None:
+            if not resume:
                 each.store.discard()
             yield Step(done)
         for path in results:
-            if path.is_dir():
-                shutil.rmtree(path)
-            (folder / path.name).replace(path)
+            pieces.deliver(folder / path.name, path)
         clock.lap("write")
         result.seconds = {**clock.seconds, "total": time.perf_counter() - begun}
-        result.peak_memory_bytes = max(peak_memory(), journal.peak if journal else 0)
-        result.write(report_path)
+        result.peak_memory_bytes = max(peak_memory(), earlier_peak)
+        _report(result, report_path, pieces)
 
         if held and text and "gguf" in recipe.artifacts:
             yield Stage("validate: float model")
@@ -265,11 +237,11 @@ def _run(
                         continue
                     yield Stage(f"validate: {artifact.format}")
                     artifact.validation = against.compare(output / artifact.path, on_chunk=on_progress).to_json()
-                    result.write(report_path)
-                    _state(artifact, output / artifact.path, folder)
+                    _report(result, report_path, pieces)
+                    _state(artifact, output / artifact.path, pieces)
                     clock.lap("validate")
                     result.seconds = {**clock.seconds, "total": time.perf_counter() - begun}
-                    result.write(report_path)
+                    _report(result, report_path, pieces)
         # onnx-mx has types that onnxruntime lacks.
         runnable = [each for each in result.artifacts if not each.path.endswith((".gguf", "-onnx-mx"))]
         if held and text and runnable:
@@ -284,18 +256,24 @@ def _run(
                 artifact.validation = measured.compare(session, on_chunk=on_progress).to_json()
                 clock.lap("validate")
                 result.seconds = {**clock.seconds, "total": time.perf_counter() - begun}
-                result.write(report_path)
+                _report(result, report_path, pieces)
     yield Finished(result, output)
 
 
-def _state(artifact: Artifact, file: Path, folder: Path) -> None:
-    """Put its validation into the metadata of `file`, by way of `folder`."""
+def _report(result: RunReport, path: Path, pieces: Pieces) -> None:
+    written = pieces.folder / path.name
+    result.write(written)
+    pieces.deliver(written, path)
+
+
+def _state(artifact: Artifact, file: Path, pieces: Pieces) -> None:
+    """Put its validation into the metadata of `file`."""
     assert artifact.validation is not None
-    check_space(folder, file.stat().st_size)
-    stated = folder / file.name
+    check_space(pieces.folder, file.stat().st_size)
+    stated = pieces.folder / file.name
     restate(GGUFFile(file), validation_facts(artifact.validation), stated)
     artifact.bytes, artifact.sha256 = stated.stat().st_size, report.sha256(stated)
-    stated.replace(file)
+    pieces.deliver(stated, file)
 
 
 @contextmanager
@@ -314,6 +292,8 @@ def _pieces(
         with resumable(output, results, force, identity(recipe, checkpoint, device, versions)) as state:
             yield state
     else:
+        if force:
+            discard(output)
         with workspace(output, results, force) as folder:
             yield Pieces(folder)
 
@@ -369,7 +349,7 @@ def _draw(
             device=device,
             on_progress=on_progress,
         )
-        drawn.tokens.numpy().tofile(folder / "tokens")
+        write_raw(folder / "tokens", [drawn.tokens])
         return {
             "text": drawn.description,
             "tokens": drawn.tokens.numel(),
@@ -379,5 +359,5 @@ def _draw(
 
     place, result.calibration = pieces.made("tokens", make)
     clock.lap("calibration")
-    ids = torch.from_file(str(place / "tokens"), size=result.calibration["tokens"], dtype=torch.int64)
-    return ids.clone().view(recipe.samples, recipe.sequence_length).to(device)
+    with (place / "tokens").open("rb") as file:
+        return read_raw(file, torch.empty(recipe.samples, recipe.sequence_length, dtype=torch.int64, device=device))

@@ -51,13 +51,14 @@ def check_recipe(recipe: Recipe, held: Held | None, llamacpp: LlamaCpp) -> None:
 
 
 def check_ranks(recipe: Recipe, ranks: Ranks, resume: bool = False) -> None:
-    """Raises UsageError unless there is something to do for every process."""
+    """Raises UsageError unless there is something to do for every process, and a GPU where they are to have one."""
     if ranks.world == 1:
         return
     if resume:
         raise UsageError("--resume keeps the hidden states of one process; leave it out, or run without torchrun.")
     if recipe.method == "rtn":
         raise UsageError("method: rtn has no sequences to share; run it without torchrun.")
+    ranks.check_device(recipe.device)
     one_in = recipe.holds_out_one_in
     held = recipe.samples // one_in if one_in else recipe.samples
     if min(held, recipe.samples - held if one_in else held) < ranks.world:

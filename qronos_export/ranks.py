@@ -1,7 +1,8 @@
 """The processes of one run, as torchrun starts them: each takes a share of the calibration sequences through the model,
 statistics are summed over all, rows of a matrix are rounded in shards, and rank 0 writes.
 
-Tensors on a GPU travel by nccl, others by gloo. Whoever fails ends; torchrun then ends the others.
+Tensors on a GPU travel by nccl, others by gloo. Whoever fails ends; the others hear of it where they wait for each
+other.
 """
 
 from __future__ import annotations
@@ -17,6 +18,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from qronos_export.device import pick_device
+from qronos_export.errors import RankError, UsageError
+from qronos_export.memory import ran_out
 from qronos_export.statistics import LayerStats
 
 Item = TypeVar("Item")
@@ -24,20 +28,41 @@ Item = TypeVar("Item")
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process is number `rank` of `world`."""
+    """This process is number `rank` of `world`, and of the `here` on this machine number `local`. What all do at once
+    raises RankError where another is gone."""
 
     rank: int = 0
     world: int = 1
+    local: int = 0
+    here: int = 1
 
     @property
     def first(self) -> bool:
         return self.rank == 0
 
-    def device(self, device: torch.device) -> torch.device:
-        """`device`, or of several GPUs this process's own."""
-        if self.world == 1 or device.type != "cuda" or device.index is not None:
-            return device
-        return torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    def check_device(self, name: str) -> None:
+        """Raises UsageError where processes of this machine would have to share a GPU, which nccl refuses."""
+        if self.here == 1:
+            return
+        if name.startswith("cuda:"):
+            raise UsageError(
+                f"--device {name} is one GPU for {self.here} processes; leave it out, then each takes the GPU of its "
+                "local rank. Which GPUs there are, CUDA_VISIBLE_DEVICES can say."
+            )
+        gpus = torch.cuda.device_count()
+        if _any_gpu(name) and self.here > gpus:
+            raise UsageError(
+                f"{self.here} processes on this machine need as many GPUs, and torch finds {gpus}; start torchrun with "
+                f"--nproc-per-node {gpus}, or give --device cpu."
+            )
+
+    def device(self, name: str) -> torch.device:
+        """`pick_device`; of several GPUs this process's own, made torch's current one before anything else is."""
+        if self.world == 1 or not _any_gpu(name):
+            return pick_device(name)
+        self.check_device(name)
+        torch.cuda.set_device(self.local)  # else pinned memory and "cuda" are of the first GPU in every process
+        return pick_device(f"cuda:{self.local}")
 
     def share(self, tokens: Tensor) -> Tensor:
         """The sequences of `tokens` [sequences, length] that this process runs."""
@@ -56,7 +81,7 @@ class Ranks:
         """What all processes found for their `rows`, `part` [rows, …], in the order of the rows: [count, …]."""
         whole = part.new_zeros(count, *part.shape[1:])
         whole[rows.to(part.device)] = part
-        dist.all_reduce(whole)
+        _all_reduce(whole)
         return whole
 
     def combine(self, stats: Sequence[LayerStats]) -> None:
@@ -65,7 +90,7 @@ class Ranks:
             return
         counts = torch.tensor([[each.tokens, each.held.tokens if each.held else 0] for each in stats])
         totals = counts.clone()
-        dist.all_reduce(totals)
+        _all_reduce(totals)
         for each, (own, _), (total, held) in zip(stats, counts.tolist(), totals.tolist(), strict=True):
             if held:
                 each.held = each.held or LayerStats(each.features, each.device)
@@ -76,29 +101,27 @@ class Ranks:
     def _sum(self, stats: LayerStats, own: int, total: int) -> None:
         for moment in stats.moments:
             moment.mul_(own / total)
-            dist.all_reduce(moment)
+            _all_reduce(moment)
         stats.tokens = total
 
     def pool(self, mean: Tensor, own: int) -> None:
         """Make `mean`, over `own` tokens, that over the tokens of all processes."""
         if self.world > 1:
             total = torch.tensor(own)
-            dist.all_reduce(total)
+            _all_reduce(total)
             mean.mul_(own / int(total))
-            dist.all_reduce(mean)
+            _all_reduce(mean)
 
     def largest(self, found: Tensor) -> None:
         """Make `found` the largest of all processes', number by number."""
         if self.world > 1:
-            dist.all_reduce(found, dist.ReduceOp.MAX)
+            _all_reduce(found, dist.ReduceOp.MAX)
 
     def joined(self, part: Tensor) -> Tensor:
         """The parts of all processes, along the first dimension."""
         if self.world == 1:
             return part
-        parts: list[Any] = [None] * self.world
-        dist.all_gather_object(parts, part.cpu())
-        return torch.cat(parts).to(part.device)
+        return torch.cat(self._gathered(part.cpu())).to(part.device)
 
     def values(self, function: Callable[[Item], float], items: Sequence[Item]) -> list[float]:
         """`function` of every item; each process does some."""
@@ -107,24 +130,52 @@ class Ranks:
         found = torch.zeros(len(items), dtype=torch.float64)
         for number in range(self.rank, len(items), self.world):
             found[number] = function(items[number])
-        dist.all_reduce(found)
+        _all_reduce(found)
         return found.tolist()
 
     def texts(self, text: str) -> list[str]:
         """What each process says, every text once."""
-        found: list[Any] = [None] * self.world
-        dist.all_gather_object(found, text)
-        return list(dict.fromkeys(found))
+        return list(dict.fromkeys(self._gathered(text)))
 
     def send(self, work: object) -> None:
         """From rank 0 to all others, which `receive` it."""
         if self.world > 1:
-            dist.broadcast_object_list([work])
+            with _together():
+                dist.broadcast_object_list([work])
 
     def receive(self) -> Any:
         box: list[Any] = [None]
-        dist.broadcast_object_list(box)
+        with _together():
+            dist.broadcast_object_list(box)
         return box[0]
+
+    def _gathered(self, own: object) -> list[Any]:
+        found: list[Any] = [None] * self.world
+        with _together():
+            dist.all_gather_object(found, own)
+        return found
+
+
+def _any_gpu(name: str) -> bool:
+    """Whether --device leaves it open which GPU."""
+    return name == "cuda" or (name == "auto" and torch.cuda.is_available())
+
+
+def _all_reduce(tensor: Tensor, how: Any = dist.ReduceOp.SUM) -> None:
+    with _together():
+        dist.all_reduce(tensor, how)
+
+
+@contextmanager
+def _together() -> Iterator[None]:
+    """Around what all processes do at once. Its errors are RuntimeErrors of many kinds."""
+    try:
+        yield
+    except RuntimeError as error:
+        if ran_out(error):
+            raise
+        what = [*str(error).splitlines(), type(error).__name__][0]
+        raise RankError(f"Another process of this run failed or is gone ({what}); see what it says itself.") from error
 
 
 ALONE = Ranks()
@@ -139,6 +190,7 @@ def joined() -> Iterator[Ranks]:
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(backend, timeout=timedelta(days=1))  # others wait while the first converts a large model
     try:
-        yield Ranks(dist.get_rank(), dist.get_world_size())
+        local, here = (int(os.environ[name]) for name in ("LOCAL_RANK", "LOCAL_WORLD_SIZE"))
+        yield Ranks(dist.get_rank(), dist.get_world_size(), local, here)
     finally:
         dist.destroy_process_group()

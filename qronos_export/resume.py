@@ -7,7 +7,8 @@ A folder in the output holds it while the run is not over:
     blocks/FORMAT/*.blocks     finished tensors
     step-00007.json .hashes    after so many steps: layers and tensors since the step before; hashes of their rows
     step-00007.hidden          hidden states of all streams, bit for bit; of the last two steps only
-    .qronos-export-*           scratch of a run, of no use to another
+    results.json               sha256 of results that this run put in place
+    .qronos-export-run-*       scratch of a run, of no use to another
 
 A step is the embedding, a decoder block or the head. Files are on the disk (fsync) with their checksums in a .json that
 then appears there by renaming; a .json has one of itself. Nothing here draws from a generator that outlives a group of
@@ -16,17 +17,16 @@ layers: seeds are in the recipe, so there is no state of one to keep.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,16 +36,18 @@ from qronos_export.artifact.gguf import GGUFFile
 from qronos_export.calibration import Clock
 from qronos_export.checkpoint import Checkpoint
 from qronos_export.decoder import MicroBatch
+from qronos_export.durable import contents, read_raw, read_record, sync, sync_all, whole, write_raw, write_record
 from qronos_export.errors import CalibrationError, OutputError, PlanError, TransformError, UsageError
 from qronos_export.memory import peak_memory
 from qronos_export.plan import Mix, Plan
 from qronos_export.recipe import Recipe
 from qronos_export.report import LayerReport, RunReport, sha256
-from qronos_export.workspace import SCRATCH, check_free, existing, scratch
+from qronos_export.workspace import SCRATCH, check_free, existing, lock, scratch, sweep
 
-FOLDER = f"{SCRATCH}resume"
+FOLDER = ".qronos-export-resume"
 SCHEMA = 1
 _MANIFEST = "manifest.json"
+_RESULTS = "results.json"
 _KEPT = 2  # steps whose hidden states are there
 _MENDED_BY_ANOTHER = (UsageError, PlanError, TransformError, CalibrationError)
 """Errors that another recipe or text mends, which what was finished would not fit."""
@@ -56,11 +58,11 @@ _DESCRIBES = {".json", ".model", ".jinja", ".txt", ".md", ".py"}  # files beside
 def resumable(output: Path, results: list[Path], force: bool, wanted: Mapping[str, str]) -> Iterator[State]:
     """The state of a run of identity `wanted`, new or as a run before left it; gone once all went well.
 
-    Raises OutputError where the state is another run's or is in use (`force` begins anew then), or where results exist
-    that cannot be of this run.
+    Raises OutputError where the state is in use, or another run's (`force` begins anew then), or where results exist
+    that are not of this run (`force` replaces them).
     """
-    root, over = output / FOLDER, output / f"{FOLDER}-over"
-    shutil.rmtree(over, ignore_errors=True)  # of a run that was killed when all was done
+    root = output / FOLDER
+    sweep(output)
     continued = (root / _MANIFEST).exists()
     if not continued:
         check_free(results, force)
@@ -77,33 +79,56 @@ def resumable(output: Path, results: list[Path], force: bool, wanted: Mapping[st
                         "or give --force."
                     )
                 continued = False
+            if continued and not force:
+                _check_own(root, results)
             for left in root.iterdir() if not continued else root.glob(f"{SCRATCH}*"):
                 shutil.rmtree(left) if left.is_dir() else left.unlink()
             try:
-                with scratch(root, " Make room there and run it again with --resume.") as folder:
+                with scratch(root, " with --resume") as folder:
                     if not continued:
-                        _write(root / _MANIFEST, dict(wanted))
+                        write_record(root / _MANIFEST, dict(wanted))
                     yield State(root, folder)
             except BaseException as error:
                 mends = isinstance(error, _MENDED_BY_ANOTHER) and not any(root.glob("step-*.json"))
                 if not continued and (mends or len(list(root.glob("*.json"))) < 2):
                     shutil.rmtree(root, ignore_errors=True)
                 raise
-            for path in results:
-                _sync_all(path)
-            _sync(output)
-            shutil.rmtree(root.rename(over))
+            sync(output)
+            _remove(root)
+
+
+def discard(output: Path) -> None:
+    """Remove the state of a run in `output` unless that is under way: another replaces its results."""
+    if not (output / FOLDER).is_dir():
+        return
+    try:
+        handle = lock(output / FOLDER)
+    except OSError:
+        return
+    try:
+        _remove(output / FOLDER)
+    finally:
+        os.close(handle)
+
+
+def _remove(root: Path) -> None:
+    """At once, so that nobody goes on behind half of it; what a kill leaves of it is swept."""
+    shutil.rmtree(root.rename(root.with_name(f"{SCRATCH}over")))
 
 
 @contextmanager
 def _alone(root: Path) -> Iterator[None]:
     """Holds the folder's lock, which ends with the process whatever ends that."""
-    handle = os.open(root, os.O_RDONLY)
     try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise OutputError(f"Another run works in {root}; wait for it, or choose another --output.") from error
+        handle = lock(root)
+    except BlockingIOError as error:
+        raise OutputError(f"Another run works in {root}; wait for it, or choose another --output.") from error
+    except OSError as error:
+        raise OutputError(
+            f"{root} cannot be locked ({error.strerror}); choose an --output on another file system, or leave out "
+            "--resume."
+        ) from error
+    try:
         yield
     finally:
         os.close(handle)
@@ -111,11 +136,22 @@ def _alone(root: Path) -> Iterator[None]:
 
 def _misfit(root: Path, wanted: Mapping[str, str]) -> str:
     """Why a run of identity `wanted` cannot go on here; empty where it can."""
-    known = _read(root / _MANIFEST)
+    known = read_record(root / _MANIFEST)
     if known is None:
         return f"{_MANIFEST} is damaged"
     names = [name for name in {**known, **wanted} if known.get(name) != wanted.get(name)]
     return "; ".join(f"{name} was {known.get(name, 'absent')}, is {wanted.get(name, 'absent')}" for name in names)
+
+
+def _check_own(root: Path, results: list[Path]) -> None:
+    """Raises OutputError where one of `results` exists and the run of this state has not put it there."""
+    own = read_record(root / _RESULTS) or {}
+    for path in results:
+        if path.exists() and contents(path) not in own.get(path.name, []):
+            raise OutputError(
+                f"{path} exists, and the run that {root} continues did not write it. Move it away, or give --force to "
+                "replace it."
+            )
 
 
 def identity(
@@ -178,6 +214,12 @@ class Pieces:
     def store(self, format: str) -> BlockStore:
         return BlockStore(self.folder / "blocks" / format)
 
+    def deliver(self, made: Path, place: Path) -> None:
+        """Move a file or folder to where it is a result, instead of what is there."""
+        if place.is_dir():
+            shutil.rmtree(place)
+        made.replace(place)
+
 
 class State(Pieces):
     """The same in a folder `root` that outlives the process. `damaged` names what had to be made again."""
@@ -190,8 +232,8 @@ class State(Pieces):
     def made(self, name: str, make: Callable[[Path], dict[str, Any]]) -> tuple[Path, dict[str, Any]]:
         """As it was made before, where it is whole; steps that rest on another content are dropped."""
         place, path = self.root / name, self.root / f"{name}.json"
-        record = _read(path)
-        if record and all(_whole(place / file, digest) for file, digest in record["files"].items()):
+        record = read_record(path)
+        if record and all(whole(place / file, digest) for file, digest in record["files"].items()):
             return place, record["facts"]
         if path.exists():
             self.damaged.append(name)
@@ -201,13 +243,21 @@ class State(Pieces):
         if record is None or record["files"] != files:
             for step in self.root.glob("step-*"):
                 step.unlink()
-        _sync_all(fresh)
+        sync_all(fresh)
         fresh.rename(place)
-        _write(path, {"files": files, "facts": facts})
+        write_record(path, {"files": files, "facts": facts})
         return place, facts
 
     def store(self, format: str) -> BlockStore:
         return BlockStore(self.root / "blocks" / format)
+
+    def deliver(self, made: Path, place: Path) -> None:
+        """The same after it is on the disk and known for this run's own."""
+        sync_all(made)
+        own = read_record(self.root / _RESULTS) or {}
+        own.setdefault(place.name, []).append(contents(made))
+        write_record(self.root / _RESULTS, own)
+        super().deliver(made, place)
 
     def taken(self, *patterns: str) -> int:
         found = [file for pattern in patterns for top in self.root.glob(pattern) for file in (top, *top.rglob("*"))]
@@ -254,9 +304,9 @@ class Journal:
         """Give `batches`, as they enter the model, the hidden states after the last finished step."""
         with self._path(self.done, "hidden").open("rb") as file:
             for batch in batches:
-                batch.x = like = _read_raw(file, batch.x)
+                batch.x = like = read_raw(file, batch.x)
                 for _ in self._outputs:
-                    batch.x_hat.append(_read_raw(file, like))
+                    batch.x_hat.append(read_raw(file, like))
 
     def save(self, batches: Sequence[MicroBatch]) -> None:
         """One more step is finished, and `batches` are where it left them; none where no step needs them."""
@@ -267,15 +317,15 @@ class Journal:
             blocks[mix.name] = {}
             for name in [name for name in store.formats if (mix.name, name) not in self._saved]:
                 path = store.finished(name)
-                _sync(path)
+                sync(path)
                 blocks[mix.name][name] = {"sha256": sha256(path), "scales": store.scale(name).tolist()}
                 hashes.append(store.calibrated(name))
         new = {(format, name) for format, names in blocks.items() for name in names}
         states = (x for batch in batches for x in (batch.x, *batch.x_hat))
         record = {
             "blocks": blocks,
-            "hashes": _write_raw(self._path(step, "hashes"), hashes),
-            "hidden": _write_raw(self._path(step, "hidden"), states) if batches else None,
+            "hashes": write_raw(self._path(step, "hashes"), hashes),
+            "hidden": write_raw(self._path(step, "hidden"), states) if batches else None,
             "layers": [asdict(layer) for layer in self._result.layers if (layer.artifact, layer.tensor) in new],
             "unclaimed": self._plan.unclaimed,
             "clock": self._clock.seconds,
@@ -283,8 +333,8 @@ class Journal:
             "peak": max(self.peak, peak_memory()),
         }
         for _, store in self._outputs:
-            _sync(store.folder)
-        _write(self._path(step, "json"), record)
+            sync(store.folder)
+        write_record(self._path(step, "json"), record)
         self._saved |= new
         self.done = step
         self._path(step - _KEPT, "hidden").unlink(missing_ok=True)
@@ -296,13 +346,13 @@ class Journal:
         """Records up to the last step from which a run can go on."""
         records: list[dict[str, Any]] = []
         while (path := self._path(len(records) + 1, "json")).exists():
-            record = _read(path)
+            record = read_record(path)
             if record is None or not self._intact(len(records) + 1, record):
                 self._state.damaged.append(path.stem)
                 break
             records.append(record)
         while records and (wanted := records[-1]["hidden"]) is not None:
-            if _whole(path := self._path(len(records), "hidden"), wanted):
+            if whole(path := self._path(len(records), "hidden"), wanted):
                 break
             if path.stem not in self._state.damaged and path.exists():
                 self._state.damaged.append(path.stem)
@@ -310,8 +360,8 @@ class Journal:
         return records
 
     def _intact(self, step: int, record: dict[str, Any]) -> bool:
-        return _whole(self._path(step, "hashes"), record["hashes"]) and all(
-            _whole(store.path(name), tensor["sha256"])
+        return whole(self._path(step, "hashes"), record["hashes"]) and all(
+            whole(store.path(name), tensor["sha256"])
             for mix, store in self._outputs
             for name, tensor in record["blocks"][mix.name].items()
         )
@@ -323,72 +373,7 @@ class Journal:
                     tensor = self._source.tensors[name]
                     fmt = mix.format(name, tensor.columns)
                     assert fmt is not None
-                    calibrated = _read_raw(file, torch.empty(tensor.rows, dtype=torch.int64))
+                    calibrated = read_raw(file, torch.empty(tensor.rows, dtype=torch.int64))
                     store.take(tensor, fmt, torch.tensor(known["scales"], dtype=torch.float32), calibrated)
                     self._saved.add((mix.name, name))
         self._result.layers += [LayerReport(**layer) for layer in record["layers"]]
-
-
-def _write(path: Path, body: dict[str, Any]) -> None:
-    """A record and its checksum; on the disk when this returns, and there as a whole or not at all."""
-    text = json.dumps(body, ensure_ascii=False)
-    partial = path.with_suffix(".partial")
-    with partial.open("w", encoding="utf-8") as file:
-        json.dump({"sha256": hashlib.sha256(text.encode()).hexdigest(), "body": text}, file)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
-    _sync(path.parent)
-
-
-def _read(path: Path) -> dict[str, Any] | None:
-    """A record; None where it is absent or damaged."""
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-        if hashlib.sha256(record["body"].encode()).hexdigest() != record["sha256"]:
-            return None
-        body: dict[str, Any] = json.loads(record["body"])
-    except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
-        return None
-    return body
-
-
-def _write_raw(path: Path, tensors: Iterable[Tensor]) -> str:
-    """The numbers of `tensors`, one after another; on the disk when this returns. Returns their sha256."""
-    digest = hashlib.sha256()
-    partial = path.with_suffix(".partial")
-    with partial.open("wb") as file:
-        for tensor in tensors:
-            data = tensor.contiguous().cpu().view(torch.uint8).numpy().data
-            digest.update(data)
-            file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
-    return digest.hexdigest()
-
-
-def _read_raw(file: BinaryIO, like: Tensor) -> Tensor:
-    """The next numbers of a file of `_write_raw`, a tensor as `like` is one."""
-    tensor = torch.empty(like.shape, dtype=like.dtype)
-    if file.readinto(tensor.view(torch.uint8).numpy()) != tensor.nbytes:  # type: ignore[attr-defined]
-        raise OutputError(f"{file.name} is shorter than the hidden states of this run; delete its folder.")
-    return tensor.to(like.device)
-
-
-def _whole(path: Path, wanted: str) -> bool:
-    return path.is_file() and sha256(path) == wanted
-
-
-def _sync(path: Path) -> None:
-    """Have the system write a file, or which files a folder has, to the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _sync_all(path: Path) -> None:
-    for part in (*path.rglob("*"), path):
-        _sync(part)

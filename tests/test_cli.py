@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -52,6 +53,54 @@ def test_without_the_onnx_extra_commands_on_onnx_say_what_to_install(tmp_path: P
     )
     says = "UsageError(\"ONNX needs onnx, which is not installed; run `pip install 'qronos-export[onnx]'`.\")"
     assert done.stdout.splitlines() == [says] * 3
+
+
+CLEARING = """
+import sys, time
+from qronos_export import cli
+
+@cli.app.command()
+def endless():
+    try:
+        print("begun", flush=True)
+        time.sleep(60)
+    finally:
+        print("clearing", flush=True)
+        sys.stdin.readline()
+        print("cleared", flush=True)
+
+sys.argv = ["qronos-export", "endless"]
+cli.main()
+"""
+
+
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)], ids=lambda each: str(each)
+)
+def test_what_is_cleared_away_is_not_interrupted(number: int, code: int) -> None:
+    """By a second Ctrl-C, nor by a session that ends or an operator who asks again."""
+    with subprocess.Popen(
+        [sys.executable, "-c", CLEARING], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        text=True, preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),
+    ) as process:  # fmt: skip
+        assert process.stdin and process.stdout and process.stderr
+        assert process.stdout.readline() == "begun\n"
+        process.send_signal(number)
+        assert process.stdout.readline() == "clearing\n"
+        for again in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            process.send_signal(again)
+        process.stdin.write("\n")
+        process.stdin.flush()
+        assert process.stdout.read() == "cleared\n", process.stderr.read()
+    assert process.returncode == code
+
+
+def test_what_is_ignored_stays_ignored() -> None:
+    """`nohup qronos-export …` outlives the terminal."""
+    program = "import os, signal, sys\nfrom qronos_export.cli import main\nsys.argv = ['qronos-export', '--version']\n"
+    program += "try:\n    main()\nexcept SystemExit:\n    os.kill(os.getpid(), signal.SIGHUP)\n    print('alive')\n"
+    done = subprocess.run(["nohup", sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.endswith("alive\n"), done.stderr
 
 
 def test_formats_lists_every_format() -> None:
