@@ -2,8 +2,9 @@
 
     argmin_V ½ tr((V − W) H (V − W)ᵀ) / σ₁(H) + α Σ_groups ‖v‖∞
 
-by proximal gradient descent with step one; the proximal map of a‖·‖∞ brings all that is beyond ±t there, where t lets
-Σ max(|v| − t, 0) = a. Inputs that hardly vary cost nothing there, and the range of the grid is spent on the others.
+by proximal gradient descent with step one and Nesterov's momentum, with which a hundred steps come as far as a
+thousand. The proximal map of a‖·‖∞ brings all that is beyond ±t there, where t lets Σ max(|v| − t, 0) = a. Inputs that
+hardly vary cost nothing there, and the range of the grid is spent on the others.
 """
 
 from __future__ import annotations
@@ -14,14 +15,15 @@ from torch import Tensor
 from formats import native
 from formats.parallel import side_by_side
 
-STEPS = 50
+STEPS = 100
 _AT_ONCE = 256  # rows, which stay in a core's cache through all steps
 
 
 def magr(weight: Tensor, hessian: Tensor, alpha: float, group: int, steps: int = STEPS) -> Tensor:
     """`weight` [rows, columns] with smaller extremes in every `group` of neighbouring columns.
 
-    alpha: in units of each row's root mean square.
+    hessian: XᵀX / n in any unit, [columns, columns].
+    alpha:   in units of each row's root mean square.
     """
     largest = spectral_norm(hessian)
     if alpha == 0 or not largest > 0:
@@ -31,9 +33,10 @@ def magr(weight: Tensor, hessian: Tensor, alpha: float, group: int, steps: int =
     def descended(rows: Tensor) -> Tensor:
         paid = alpha * rows.square().mean(1).sqrt()
         paid = paid.repeat_interleave(rows.shape[1] // group)
-        v = rows
-        for _ in range(steps):
-            v = clipped((v - (v - rows) @ scaled).view(-1, group), paid).view_as(rows)
+        v = ahead = rows
+        for step in range(steps):
+            before, v = v, clipped((ahead - (ahead - rows) @ scaled).view(-1, group), paid).view_as(rows)
+            ahead = torch.lerp(before, v, 1 + step / (step + 3))
         return v
 
     return torch.cat(side_by_side(descended, weight.split(_AT_ONCE), weight.device))
