@@ -1,6 +1,7 @@
 """A checkpoint in: what is accepted, what is refused and why, and that a lazy model is the model."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -80,6 +81,22 @@ def test_shards_make_the_same_model(tiny: Path) -> None:
     shard(tiny)
     sharded = LazyModel(open_checkpoint(str(tiny))).load_block(0).state_dict()
     assert all(torch.equal(single[name], sharded[name]) for name in single)
+
+
+@pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="the system cannot be asked to read ahead")
+def test_what_is_read_ahead_is_the_next_block(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, asked = LazyModel(open_checkpoint(str(tiny))), list[bytes]()
+
+    def advise(handle: int, start: int, length: int, advice: int) -> None:
+        asked.append(os.pread(handle, length, start))
+
+    monkeypatch.setattr(os, "posix_fadvise", advise)
+    model.load_block(0)
+    tensors = load_file(tiny / "model.safetensors")
+    wanted = [tensor.numpy().tobytes() for key, tensor in tensors.items() if ".layers.1." in key]
+    assert sorted(asked) == sorted(wanted)
+    model.load_block(len(model.blocks) - 1)
+    assert len(asked) == len(wanted), "there is nothing behind the last"
 
 
 def test_a_missing_shard_is_named(tiny: Path) -> None:

@@ -31,6 +31,7 @@ from qronos_export.errors import CheckpointError
 
 from .architecture import Architecture
 from .quiet import quiet
+from .shards import StoredTensor
 from .source import Checkpoint
 
 OUTSIDE = -1
@@ -75,6 +76,7 @@ class LazyModel(Architecture):
         block = self.blocks[index]
         self._load(self._keys[index])
         _check_filled(self.block_names[index], block.named_parameters(), self.checkpoint)
+        _read_ahead([self.checkpoint.tensors[key] for key in self._keys.get(index + 1, ())])
         return block.requires_grad_(False)
 
     def release_block(self, index: int) -> None:
@@ -132,6 +134,19 @@ class LazyModel(Architecture):
         for name, why in info.conversion_errors.items():
             raise CheckpointError(f"{name} cannot be made of the tensors in {self.checkpoint.folder}: {why}")
         return info
+
+
+def _read_ahead(tensors: Iterable[StoredTensor]) -> None:
+    """Have the system read what is needed next while the caller computes, where it has a way to be asked."""
+    if not hasattr(os, "posix_fadvise"):
+        return
+    for file, parts in groupby(sorted(tensors, key=lambda each: (each.file, each.start)), lambda each: each.file):
+        handle = os.open(file, os.O_RDONLY)
+        try:
+            for part in parts:
+                os.posix_fadvise(handle, part.start, part.bytes, os.POSIX_FADV_WILLNEED)
+        finally:
+            os.close(handle)
 
 
 def load_whole(

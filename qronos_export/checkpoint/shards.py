@@ -16,11 +16,14 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """Where one tensor of a checkpoint lies. `dtype` is safetensors' own name of the type."""
+    """Where one tensor of a checkpoint lies: `bytes` from `start` of the file. `dtype` is safetensors' own name of the
+    type."""
 
     file: Path
     dtype: str
     shape: tuple[int, ...]
+    start: int
+    bytes: int
 
 
 def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
@@ -64,7 +67,11 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
             header = json.loads(stream.read(length))
             tensors = {key: value for key, value in header.items() if key != "__metadata__"}
             expected = 8 + length + max((value["data_offsets"][1] for value in tensors.values()), default=0)
-            found = {k: StoredTensor(file, v["dtype"], tuple(v["shape"])) for k, v in tensors.items()}
+            found = {}
+            for key, value in tensors.items():
+                begin, end = value["data_offsets"]
+                shape = tuple(value["shape"])
+                found[key] = StoredTensor(file, value["dtype"], shape, 8 + length + begin, end - begin)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(f"{file} has no readable safetensors header ({error!r}); fetch it again.") from error
     if actual != expected:
