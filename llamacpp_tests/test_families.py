@@ -28,7 +28,7 @@ from qronos_export.llamacpp import LlamaCpp
 from qronos_export.llamacpp_log import Perplexity, logits_bytes
 from qronos_export.recipe import Recipe, recipe_from
 from qronos_export.report import RunReport
-from tests.families import FAMILIES, make
+from tests.families import FAMILIES, RELATIVES, make
 
 CONTEXT, CHUNKS = 128, 2
 GELU = ("gemma3", "starcoder2")
@@ -47,7 +47,7 @@ class Case:
     config: dict[str, Any] = field(default_factory=dict)
 
 
-CASES = {family: Case(family) for family in FAMILIES} | {
+CASES = {family: Case(family) for family in (*FAMILIES, *RELATIVES)} | {
     "q8_0": Case("llama", format="Q8_0"),
     # More rows in the embedding than the tokenizer has tokens, stored in bf16.
     "padded_bf16": Case("llama", dtype=torch.bfloat16, config={"vocab_size": 1056}),

@@ -31,13 +31,13 @@ from qronos_export.transforms import TRANSFORMS, Goal, InputStats
 from qronos_export.transforms.hadamard import hadamard, random_rotation
 from qronos_export.transforms.scaling import AQAS, AWQ, Equalize
 from qronos_export.transforms.spinquant import Rounded, cayley_step, learned, nearest_rotation
-from tests.families import FAMILIES, make
+from tests.families import FAMILIES, RELATIVES, make
 
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Checkpoint]:
     folder = tmp_path_factory.mktemp("models")
-    return {family: open_checkpoint(str(make(family, folder / family))) for family in FAMILIES}
+    return {family: open_checkpoint(str(make(family, folder / family))) for family in (*FAMILIES, *RELATIVES)}
 
 
 def tokens(checkpoint: Checkpoint, samples: int = 6) -> torch.Tensor:
@@ -55,7 +55,7 @@ def test_recipes_know_every_transform() -> None:
     assert tuple(TRANSFORMS) == NAMES
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", (*FAMILIES, *RELATIVES))
 @pytest.mark.parametrize("name", TRANSFORMS)
 def test_logits_stay(models: dict[str, Checkpoint], family: str, name: str, tmp_path: Path) -> None:
     before = models[family]
