@@ -46,7 +46,6 @@ class BlockStore:
             _reserve(self.path(name), shape[0] * shape[1])
         data = np.memmap(self.path(name), dtype=np.uint8, mode="r+", shape=shape)
         data[file_rows.numpy()] = blocks.cpu().numpy()
-        data.flush()
         self._calibrated[name][file_rows] = row_hashes(values).cpu()
         self._missing[name] -= len(file_rows)
 
