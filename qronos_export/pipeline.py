@@ -29,6 +29,7 @@ from qronos_export.durable import read_raw, write_raw
 from qronos_export.events import Event, Finished, Resumed, Stage, Step
 from qronos_export.folding import fold
 from qronos_export.followers import Work
+from qronos_export.identity import identity
 from qronos_export.llamacpp import LlamaCpp
 from qronos_export.memory import give_back, peak_memory
 from qronos_export.onnx_export import float_graph, onnx_folder, onnx_versions, write_onnx
@@ -42,7 +43,7 @@ from qronos_export.ranks import ALONE, Ranks
 from qronos_export.recipe import Recipe
 from qronos_export.report import Artifact, RunReport
 from qronos_export.resolved import matched, replayable
-from qronos_export.resume import Journal, Pieces, State, discard, identity, resumable
+from qronos_export.resume import Journal, Pieces, State, discard, resumable
 from qronos_export.shortage import Where, named
 from qronos_export.streams import calibrate, round_to_nearest, rounded_cache
 from qronos_export.transformed import PROBE, need_inputs
@@ -175,6 +176,17 @@ def _run(
             begun = journal.begun
             if journal.done or pieces.damaged:
                 yield Resumed(journal.done, pieces.damaged)
+            if journal.torn:
+                anew = Plan(source, RowIndex(source, list(wanted)))
+                again = (
+                    round_to_nearest(model, anew, outputs, Clock(), journal, mend=True)
+                    if tokens is None
+                    else calibrate(
+                        model, anew, outputs, tokens, recipe, Clock(), journal=journal, folder=folder, mend=True
+                    )
+                )
+                for _ in again:
+                    pass
         if tokens is None:
             rounded = round_to_nearest(model, plan, outputs, clock, journal)
         else:

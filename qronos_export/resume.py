@@ -17,8 +17,6 @@ layers: seeds are in the recipe, so there is no state of one to keep.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import shutil
 import time
@@ -32,26 +30,22 @@ import torch
 from torch import Tensor
 
 from qronos_export.artifact.block_store import BlockStore
-from qronos_export.artifact.gguf import GGUFFile
+from qronos_export.artifact.gguf import GGUFFile, StoredTensor
 from qronos_export.calibration import Clock
-from qronos_export.checkpoint import Checkpoint
 from qronos_export.decoder import MicroBatch
 from qronos_export.durable import contents, read_raw, read_record, sync, sync_all, whole, write_raw, write_record
 from qronos_export.errors import CalibrationError, OutputError, PlanError, TransformError, UsageError
 from qronos_export.memory import peak_memory
 from qronos_export.plan import Mix, Plan
-from qronos_export.recipe import Recipe
 from qronos_export.report import LayerReport, RunReport, sha256
 from qronos_export.workspace import SCRATCH, check_free, existing, lock, scratch, sweep
 
 FOLDER = ".qronos-export-resume"
-SCHEMA = 1
 _MANIFEST = "manifest.json"
 _RESULTS = "results.json"
 _KEPT = 2  # steps whose hidden states are there
 _MENDED_BY_ANOTHER = (UsageError, PlanError, TransformError, CalibrationError)
 """Errors that another recipe or text mends, which what was finished would not fit."""
-_DESCRIBES = {".json", ".model", ".jinja", ".txt", ".md", ".py"}  # files beside weights that may show in the result
 
 
 @contextmanager
@@ -154,47 +148,6 @@ def _check_own(root: Path, results: list[Path]) -> None:
             )
 
 
-def identity(
-    recipe: Recipe, checkpoint: Checkpoint, device: torch.device, versions: Mapping[str, str]
-) -> dict[str, str]:
-    """All that decides a run's bytes, name -> text; files by what they hold, wherever they lie. Reads the model."""
-    settings = recipe.to_json()
-    for name in ("model", "calibration", "match_lengths", "device", "offload"):
-        settings.pop(name)
-    text = Path(recipe.calibration).expanduser()
-    model = {tensor.file for tensor in checkpoint.tensors.values()}
-    model |= {file for file in checkpoint.folder.iterdir() if file.suffix in _DESCRIBES and file.name != "report.json"}
-    if checkpoint.float_gguf is not None:
-        model = {checkpoint.float_gguf}
-    return {
-        "schema": str(SCHEMA),
-        "model": checkpoint.name,
-        **{f"model/{file.name}": sha256(file) for file in sorted(model) if file.is_file()},
-        "calibration text": sha256(text) if text.is_file() else recipe.calibration,
-        **{f"recipe.{name}": json.dumps(value, ensure_ascii=False) for name, value in settings.items()},
-        **{f"version of {name}": version for name, version in versions.items()},
-        "code": _code(),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
-        "threads": str(torch.get_num_threads()),
-    }
-
-
-def _processor() -> str:
-    """What of a CPU decides how torch adds up."""
-    return f"{os.uname().machine} {torch.backends.cpu.get_cpu_capability()}"
-
-
-def _code() -> str:
-    """Of this package's own sources, which may change without its version."""
-    digest = hashlib.sha256()
-    root = Path(__file__).parents[1]
-    for folder in ("formats", "qronos_export"):
-        for file in sorted((root / folder).rglob("*.*")):
-            if file.suffix in (".py", ".cpp"):
-                digest.update(file.read_bytes())
-    return digest.hexdigest()[:16]
-
-
 class Pieces:
     """Files that a run makes on its way, in a `folder` that is gone afterwards."""
 
@@ -268,6 +221,7 @@ class Journal:
     """The steps of a run. What was finished before is given to the stores, the plan, the report and the clock.
 
     done:  steps finished.
+    torn:  those of them whose blocks are damaged and have to be made again, though what came of them is there.
     begun: when this run would have, had it done all of them, on perf_counter's clock.
     peak:  largest memory of the processes so far, in bytes.
     """
@@ -286,10 +240,13 @@ class Journal:
         self._plan, self._result, self._clock = plan, result, clock
         self._saved: set[tuple[str, str]] = set()
         self.begun, self.peak = begun, 0
-        records = self._whole_steps()
+        self._records, self.torn = self._whole_steps()
+        records = self._records
         self.done = len(records)
         for step, record in enumerate(records, start=1):
-            self._take(step, record)
+            if step not in self.torn:
+                self._take(step, record)
+            result.layers += [LayerReport(**layer) for layer in record["layers"]]
         if records:
             plan.leave(records[-1]["unclaimed"])
             for phase, seconds in records[-1]["clock"].items():
@@ -339,25 +296,51 @@ class Journal:
         self.done = step
         self._path(step - _KEPT, "hidden").unlink(missing_ok=True)
 
+    def mended(self, step: int) -> None:
+        """The blocks of a torn step are in the stores again. Raises OutputError where they are others than before."""
+        record, hashes = self._records[step - 1], []
+        for mix, store in self._outputs:
+            for name, known in record["blocks"][mix.name].items():
+                path = store.finished(name)
+                sync(path)
+                if sha256(path) != known["sha256"] or store.scale(name).tolist() != known["scales"]:
+                    raise OutputError(
+                        f"{name} in {mix.name} was damaged and came out otherwise when it was made again; "
+                        f"delete {self._state.root}, or begin anew with --force."
+                    )
+                hashes.append(store.calibrated(name))
+                self._saved.add((mix.name, name))
+        write_raw(self._path(step, "hashes"), hashes)
+
+    def values(self, stream: int, tensor: StoredTensor, file_rows: Tensor) -> Tensor:
+        """What rows [n] of a finished tensor of an output stand for: float32 [n, columns]."""
+        return self._outputs[stream][1].values(tensor, file_rows)
+
     def _path(self, step: int, kind: str) -> Path:
         return self._state.root / f"step-{step:05}.{kind}"
 
-    def _whole_steps(self) -> list[dict[str, Any]]:
-        """Records up to the last step from which a run can go on."""
+    def _whole_steps(self) -> tuple[list[dict[str, Any]], list[int]]:
+        """Records up to the last step from which a run can go on, and which of these steps lack blocks."""
         records: list[dict[str, Any]] = []
+        torn: list[int] = []
         while (path := self._path(len(records) + 1, "json")).exists():
-            record = read_record(path)
-            if record is None or not self._intact(len(records) + 1, record):
+            if (record := read_record(path)) is None:
                 self._state.damaged.append(path.stem)
                 break
             records.append(record)
-        while records and (wanted := records[-1]["hidden"]) is not None:
-            if whole(path := self._path(len(records), "hidden"), wanted):
+            if not self._intact(len(records), record):
+                self._state.damaged.append(path.stem)
+                torn.append(len(records))
+        while records:
+            path, wanted = self._path(len(records), "hidden"), records[-1]["hidden"]
+            if len(records) in torn:  # nothing rests on it
+                torn.pop()
+            elif wanted is None or whole(path, wanted):
                 break
-            if path.stem not in self._state.damaged and path.exists():
+            elif path.stem not in self._state.damaged and path.exists():
                 self._state.damaged.append(path.stem)
             records.pop()
-        return records
+        return records, torn
 
     def _intact(self, step: int, record: dict[str, Any]) -> bool:
         return whole(self._path(step, "hashes"), record["hashes"]) and all(
@@ -376,4 +359,3 @@ class Journal:
                     calibrated = read_raw(file, torch.empty(tensor.rows, dtype=torch.int64))
                     store.take(tensor, fmt, torch.tensor(known["scales"], dtype=torch.float32), calibrated)
                     self._saved.add((mix.name, name))
-        self._result.layers += [LayerReport(**layer) for layer in record["layers"]]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -50,9 +51,15 @@ class Sink(Protocol):
 
 
 class Journal(Protocol):
-    """Keeps each step of a walk once it is finished: the embedding, a block, the head. `done` of them were before."""
+    """Keeps each step of a walk once it is finished: the embedding, a block, the head. `done` of them were before; of
+    these, what was rounded in the `torn` ones is lost."""
 
     done: int
+    torn: list[int]
+
+    def mended(self, step: int) -> None: ...
+
+    def values(self, stream: int, tensor: gguf.StoredTensor, file_rows: torch.Tensor) -> torch.Tensor: ...
 
     def restore(self, batches: Sequence[MicroBatch]) -> None: ...
 
@@ -70,11 +77,16 @@ def calibrate(
     journal: Journal | None = None,
     ranks: Ranks = ALONE,
     folder: Path | None = None,
+    mend: bool = False,
 ) -> Iterator[LayerReport]:
     """Embedding, every block, head: all streams side by side; yields each tensor as it is rounded, and goes on behind
     what `journal` has. Each of `ranks` runs its share of `tokens`, and may leave hidden states in files of `folder`.
+
+    To `mend`, only the journal's torn steps are done, again; matrices of those before the last of them become what was
+    stored.
     """
-    done = journal.done if journal else 0
+    redo = journal.torn if journal and mend else ()
+    done = journal.done if journal and not redo else 0
     if done == _steps(model):
         return
     rounder, settings = rounder_settings(recipe)
@@ -96,10 +108,13 @@ def calibrate(
         batches = [*batches, *passengers.batches]
     if journal and done:
         journal.restore(batches)
-    for each in outputs if not done else ():
+    for stream, each in enumerate(outputs if not done else ()):
         clock.lap("forward")
         embedding = _embedding_group(model)
-        yield from round_group(embedding, plan, each.mix, ROUNDERS["rtn"], settings, each.store, ranks=ranks)
+        if journal and redo and 1 not in redo:
+            _take_stored(embedding, plan, each.mix, partial(journal.values, stream))
+        else:
+            yield from round_group(embedding, plan, each.mix, ROUNDERS["rtn"], settings, each.store, ranks=ranks)
         clock.lap("rounding")
         stored = embedding.matrices[0].quantized
         add_stream(decoder, model.embedding, stored, batches)
@@ -109,11 +124,15 @@ def calibrate(
     give_back()
     clock.lap("forward")
     if journal and not done:
-        journal.save(batches)
+        _keep(journal, 1, batches, redo)
         clock.lap("write")
 
-    for index, name in list(enumerate(model.block_names))[max(0, done - 1) :]:
+    last = max(redo) - 1 if redo else len(model.blocks)
+    for index, name in list(enumerate(model.block_names))[max(0, done - 1) : last]:
         clock.lap(None)
+        kept = bool(redo) and index + 2 not in redo
+        for batch in batches if redo else ():
+            batch.counted = not kept
         module = model.load_block(index)
         plan.forget()
         plan.claim(calibration.block_matrices(module, name))
@@ -131,6 +150,9 @@ def calibrate(
         for stream, groups in stops:
             each = outputs[stream]
             for group in groups:
+                if journal and kept:
+                    _take_stored(group, plan, each.mix, partial(journal.values, stream))
+                    continue
                 layers = list(round_group(group, plan, each.mix, rounder, settings, each.store, heads, ranks))
                 clock.lap("rounding")
                 yield from layers
@@ -139,10 +161,10 @@ def calibrate(
         give_back()
         if journal:
             clock.lap("forward")
-            journal.save(batches)
+            _keep(journal, index + 2, batches, redo)
             clock.lap("write")
 
-    if model.head is not None and not model.tied:
+    if model.head is not None and not model.tied and not redo:
         weight = _claim_head(model, plan)
         for stream, each in enumerate(outputs):
             if any(each.mix.format(target.tensor, weight.shape[1]) for target in plan.targets("head")):
@@ -158,6 +180,22 @@ def calibrate(
         if journal:
             journal.save([])
             clock.lap("write")
+
+
+def _keep(journal: Journal, step: int, batches: Sequence[MicroBatch], redo: Sequence[int]) -> None:
+    if not redo:
+        journal.save(batches)
+    elif step in redo:
+        journal.mended(step)
+
+
+def _take_stored(group: Group, plan: Destinations, mix: Mix, values_of: Callable[..., torch.Tensor]) -> None:
+    """Give the matrices of `group` the values that were stored when they were rounded."""
+    for matrix in group.matrices:
+        for target in plan.targets(matrix.name):
+            if mix.format(target.tensor, matrix.weight.shape[1]):
+                values = values_of(plan.tensor(target), target.file_rows)
+                matrix.quantized[target.rows.to(matrix.quantized.device)] = values.to(matrix.quantized)
 
 
 def rounder_settings(recipe: Recipe) -> tuple[Rounder, Settings]:
@@ -223,36 +261,44 @@ def _steps(model: LazyModel) -> int:
 
 
 def round_to_nearest(
-    model: LazyModel, plan: Destinations, outputs: Sequence[Sink], clock: Clock, journal: Journal | None = None
+    model: LazyModel,
+    plan: Destinations,
+    outputs: Sequence[Sink],
+    clock: Clock,
+    journal: Journal | None = None,
+    mend: bool = False,
 ) -> Iterator[LayerReport]:
-    """Every tensor on its own, without calibration; goes on behind what `journal` has."""
-    done = journal.done if journal else 0
+    """Every tensor on its own, without calibration; goes on behind what `journal` has, or does its torn steps again."""
+    redo = journal.torn if journal and mend else ()
+    done = journal.done if journal and not redo else 0
     rtn, settings = ROUNDERS["rtn"], Settings(0.0, 0.0, "natural")
 
-    def rounded(weights: Mapping[str, torch.Tensor]) -> Iterator[LayerReport]:
+    def rounded(weights: Mapping[str, torch.Tensor], step: int) -> Iterator[LayerReport]:
+        if redo and step not in redo:
+            return
         for name, weight in weights.items():
             for each in outputs:
                 group = Group([Matrix(name, weight, torch.empty_like(weight))], LayerStats(0))
                 yield from round_group(group, plan, each.mix, rtn, settings, each.store)
         clock.lap("rounding")
         if journal:
-            journal.save([])
+            _keep(journal, step, [], redo)
             clock.lap("write")
 
     clock.lap(None)
     if not done:
         _claim_embedding(model, plan)
-        yield from rounded({"embedding": model.embedding.weight.detach()})
+        yield from rounded({"embedding": model.embedding.weight.detach()}, 1)
     for index, name in list(enumerate(model.block_names))[max(0, done - 1) :]:
         weights = calibration.block_matrices(model.load_block(index), name)
         plan.forget()
         plan.claim(weights)
         clock.lap("load")
-        yield from rounded(weights)
+        yield from rounded(weights, index + 2)
         model.release_block(index)
         give_back()
-    if model.head is not None and not model.tied and done < _steps(model):
-        yield from rounded({"head": _claim_head(model, plan)})
+    if model.head is not None and not model.tied and not redo and done < _steps(model):
+        yield from rounded({"head": _claim_head(model, plan)}, _steps(model))
 
 
 def _claim_embedding(model: LazyModel, plan: Destinations) -> None:

@@ -49,6 +49,11 @@ class BlockStore:
         self._calibrated[name][file_rows] = row_hashes(values).cpu()
         self._missing[name] -= len(file_rows)
 
+    def values(self, tensor: StoredTensor, file_rows: Tensor) -> Tensor:
+        """What rows [n] of a finished tensor stand for in the calibrated model: float32 [n, columns]."""
+        values = self.formats[tensor.name].dequantize(torch.from_numpy(self.blocks(tensor.name))[file_rows])
+        return values * self._scales[tensor.name][tensor.expert(file_rows)][:, None]
+
     def blocks(self, name: str) -> np.ndarray:
         """The bytes of a finished tensor: uint8 [rows, row_bytes]."""
         return np.fromfile(self.finished(name), dtype=np.uint8).reshape(len(self._calibrated[name]), -1)
