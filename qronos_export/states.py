@@ -58,9 +58,8 @@ class _InMemory:
     def write(self, x: Tensor) -> None:
         self._like = x.new_empty(0)
         kept = x.to(self._shelf.dtype or x.dtype)
-        if self._shelf.offload == "cpu" and kept.device.type == "cuda":  # pinned, so that reading need not wait
+        if self._shelf.offload == "cpu" and kept.device.type == "cuda":  # copies both ways queue on the GPU alone
             kept = torch.empty(kept.shape, dtype=kept.dtype, pin_memory=True).copy_(kept, non_blocking=True)
-            torch.cuda.current_stream(x.device).synchronize()
         self._kept = kept
 
     def read(self) -> Tensor:
