@@ -421,7 +421,7 @@ extern "C" void best_ternary_scale(long size, long groups, const float *x, long 
         }
         const float per_bin = finite_or((bins - 1) / top, 0.0f);
         for (long i = 0; i < size; i++) {
-            const int bin = static_cast<int>(magnitudes[i] * per_bin);
+            const int bin = static_cast<int>(clamp(magnitudes[i] * per_bin, 0.0f, bins - 1.0f));
             along[bin] += w[i] * magnitudes[i], power[bin] += w[i];
         }
         float best = 0.0f, scale = 0.0f, sum = 0.0f, weight = 0.0f;

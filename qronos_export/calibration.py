@@ -3,7 +3,8 @@
 The float stream carries the hidden states of the float model all the way from its embedding, the quantized stream
 those of the model rounded so far, from its *quantized* embedding. At each group of layers that share an input both
 streams wait, H and G are accumulated over all micro-batches, the caller rounds, and the quantized stream goes on with
-the rounded weights (arXiv 2505.11695). Memory holds one block and the hidden states of the tokens, each twice.
+the rounded weights (arXiv 2505.11695). Memory holds one block and the hidden states of the tokens, each twice, and what
+forwards keep while they wait; or, where these are run again, one micro-batch.
 
 Several formats share the float stream; each has a quantized stream of its own, so one more block and one more set of
 hidden states. Their statistics exist one after another.
@@ -83,7 +84,7 @@ PLAIN = Runtime()
 
 class _Forwards:
     """Of one stream through a block. All wait at a stop for those of other micro-batches; or, `again`, each is run from
-    the start whenever it is asked for, so that only one is in memory, for more than twice the products."""
+    the start whenever it is asked for, so that only one is in memory, for about three times the products."""
 
     def __init__(
         self, start: Callable[[int], greenlet], stops: Sequence[Stop], count: int, again: bool, clock: Clock
@@ -182,7 +183,7 @@ def walk(
     ranks:   who else runs this block, with other sequences.
     linear:  multiplies by the weights that will be rounded, in all streams.
     again:   run forwards anew up to every stop, instead of having all of them wait there in memory.
-    The first of `batches` is counted.
+    No statistics where none of `batches` is counted, else the first is.
     Yields before that quantized stream uses the weights; afterwards `batches` holds the block's outputs.
     """
 

@@ -11,7 +11,9 @@ from qronos_export.artifact.gguf import GGUFFile
 from qronos_export.artifact.gguf_rows import RowIndex
 from qronos_export.calibration import Clock
 from qronos_export.checkpoint import Checkpoint, LazyModel
+from qronos_export.errors import OutputError
 from qronos_export.folding import Folding, help_fold
+from qronos_export.memory import ran_out
 from qronos_export.plan import Mix, Plan
 from qronos_export.ranks import Ranks
 from qronos_export.recipe import Recipe
@@ -56,7 +58,12 @@ def follow(ranks: Ranks) -> None:
         work = ranks.receive()
         assert isinstance(work, Work)
     with named(Where(work.recipe, stage="layers")):
-        _calibrate(work, device, ranks)
+        try:
+            _calibrate(work, device, ranks)
+        except OSError as error:
+            if ran_out(error):
+                raise
+            raise OutputError(f"Process {ranks.rank} could not read or write a file: {error}.") from error
 
 
 def _calibrate(work: Work, device: torch.device, ranks: Ranks) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -167,9 +167,10 @@ def _run(
             yield Stage("calibration text")
             tokens = _draw(recipe, original, device, result, clock, pieces, on_progress)
         if tokens is not None:  # a journal has hidden states after the last two steps, and those that are being written
-            states = tokens.numel() * model.embedding.embedding_dim * (1 + len(outputs)) * torch.float32.itemsize
-            copies = (3 if isinstance(pieces, State) else 0) + (1 if recipe.offload == "disk" else 0)
-            check_space(folder, needed + copies * states)
+            numbers = tokens.numel() * model.embedding.embedding_dim * (1 + len(outputs))
+            offloaded = getattr(torch, recipe.state_dtype).itemsize if recipe.offload == "disk" else 0
+            journaled = 3 * torch.float32.itemsize if isinstance(pieces, State) else 0
+            check_space(folder, needed + (offloaded + journaled) * numbers)
         journal = None
         if isinstance(pieces, State):
             journal = Journal(pieces, [(each.mix, each.store) for each in outputs], source, plan, result, clock, begun)
@@ -177,16 +178,8 @@ def _run(
             if journal.done or pieces.damaged:
                 yield Resumed(journal.done, pieces.damaged)
             if journal.torn:
-                anew = Plan(source, RowIndex(source, list(wanted)))
-                again = (
-                    round_to_nearest(model, anew, outputs, Clock(), journal, mend=True)
-                    if tokens is None
-                    else calibrate(
-                        model, anew, outputs, tokens, recipe, Clock(), journal=journal, folder=folder, mend=True
-                    )
-                )
-                for _ in again:
-                    pass
+                yield Stage("layers")
+                _mend(model, source, wanted, outputs, tokens, recipe, journal, folder)
         if tokens is None:
             rounded = round_to_nearest(model, plan, outputs, clock, journal)
         else:
@@ -276,6 +269,26 @@ def _report(result: RunReport, path: Path, pieces: Pieces) -> None:
     written = pieces.folder / path.name
     result.write(written)
     pieces.deliver(written, path)
+
+
+def _mend(
+    model: LazyModel,
+    source: GGUFFile,
+    wanted: Iterable[str],
+    outputs: list[Output],
+    tokens: torch.Tensor | None,
+    recipe: Recipe,
+    journal: Journal,
+    folder: Path,
+) -> None:
+    """Make again what of the journal's steps is damaged, by a plan of its own: the run's goes on behind them."""
+    plan, clock = Plan(source, RowIndex(source, list(wanted))), Clock()
+    if tokens is None:
+        layers = round_to_nearest(model, plan, outputs, clock, journal, mend=True)
+    else:
+        layers = calibrate(model, plan, outputs, tokens, recipe, clock, journal=journal, folder=folder, mend=True)
+    for _ in layers:
+        pass
 
 
 def _state(artifact: Artifact, file: Path, pieces: Pieces) -> None:

@@ -331,16 +331,19 @@ class Journal:
             if not self._intact(len(records), record):
                 self._state.damaged.append(path.stem)
                 torn.append(len(records))
-        while records:
-            path, wanted = self._path(len(records), "hidden"), records[-1]["hidden"]
-            if len(records) in torn:  # nothing rests on it
-                torn.pop()
-            elif wanted is None or whole(path, wanted):
-                break
-            elif path.stem not in self._state.damaged and path.exists():
+        last = len(records)
+        while last and not self._left_states(last, records):
+            if (path := self._path(last, "hidden")).exists() and path.stem not in self._state.damaged:
                 self._state.damaged.append(path.stem)
-            records.pop()
-        return records, torn
+            last -= 1
+        while last in torn and (last == 1 or self._left_states(last - 1, records)):
+            last -= 1  # nothing rests on it, so it is simply done again
+        return records[:last], [step for step in torn if step <= last]
+
+    def _left_states(self, step: int, records: list[dict[str, Any]]) -> bool:
+        """Whether a run can go on behind a step: its hidden states are there, or not needed."""
+        wanted = records[step - 1]["hidden"]
+        return wanted is None or whole(self._path(step, "hidden"), wanted)
 
     def _intact(self, step: int, record: dict[str, Any]) -> bool:
         return whole(self._path(step, "hashes"), record["hashes"]) and all(

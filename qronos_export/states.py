@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,6 +74,7 @@ class _InFile:
         handle, path = tempfile.mkstemp(prefix="states-", dir=shelf.folder)
         os.close(handle)
         self._path, self._shelf = Path(path), shelf
+        weakref.finalize(self, self._path.unlink, missing_ok=True)
 
     def write(self, x: Tensor) -> None:
         self._like, self._shape = x.new_empty(0), x.shape

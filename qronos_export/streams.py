@@ -180,6 +180,8 @@ def calibrate(
         if journal:
             journal.save([])
             clock.lap("write")
+    if recipe.offload == "disk" and ranks.world > 1:
+        ranks.texts("done")  # no process takes away the folder while another writes there
 
 
 def _keep(journal: Journal, step: int, batches: Sequence[MicroBatch], redo: Sequence[int]) -> None:
@@ -289,7 +291,8 @@ def round_to_nearest(
     if not done:
         _claim_embedding(model, plan)
         yield from rounded({"embedding": model.embedding.weight.detach()}, 1)
-    for index, name in list(enumerate(model.block_names))[max(0, done - 1) :]:
+    last = max(redo) - 1 if redo else len(model.blocks)
+    for index, name in list(enumerate(model.block_names))[max(0, done - 1) : last]:
         weights = calibration.block_matrices(model.load_block(index), name)
         plan.forget()
         plan.claim(weights)

@@ -1,9 +1,9 @@
 """Forwards that stop where a weight is about to be used, and go on when told.
 
 A decoder block runs inside a greenlet. Its `nn.Linear` modules, and the modules that hold transformers 5's fused 3-D
-expert parameters, get a forward that hands the layer's input to the caller and waits. So a block is evaluated once per
-stream, whatever its architecture, while all its layers are rounded in between. Nothing here knows about statistics or
-rounding.
+expert parameters, get a forward that hands the layer's input to the caller and waits. So one forward
+per stream is enough, whatever the architecture, while all layers are rounded in between. Nothing here knows about
+statistics or rounding.
 """
 
 from __future__ import annotations

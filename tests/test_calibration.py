@@ -196,7 +196,7 @@ def test_forwards_run_anew_bring_the_same(model: LazyModel, offload: str, tmp_pa
     for key, (hessian, cross) in seen.items():
         assert torch.equal(found[key][0], hessian) and torch.equal(found[key][1], cross), key
     assert all(torch.equal(one, other) for one, other in zip(ended, left, strict=True))
-    assert bool(any(tmp_path.iterdir())) == (offload == "disk")
+    assert not any(tmp_path.iterdir()), "files last as long as what is in them"
 
 
 def test_offloaded_memory_does_not_grow_with_text(tmp_path: Path) -> None:

@@ -97,6 +97,8 @@ def test_what_is_read_ahead_is_the_next_block(tiny: Path, monkeypatch: pytest.Mo
     assert sorted(asked) == sorted(wanted)
     model.load_block(len(model.blocks) - 1)
     assert len(asked) == len(wanted), "there is nothing behind the last"
+    monkeypatch.setattr(os, "posix_fadvise", lambda *given: (tiny / "gone").stat())
+    model.load_block(0)  # a hint that fails is no error
 
 
 def test_a_missing_shard_is_named(tiny: Path) -> None:

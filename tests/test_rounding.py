@@ -433,16 +433,26 @@ def test_a_correction_is_least_squares(ridge: float) -> None:
     torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
 
 
-@pytest.mark.parametrize("fmt", [Q4, FORMATS["MXFP4"]], ids=repr)
-def test_feedback_that_diverges_is_told(fmt: BlockFormat) -> None:
-    """Between panels of columns, and in the last."""
-    weight, stats, *_ = problem()
-    feedback, late = torch.full((64, 64), 1e3), torch.eye(64)
-    late[32:, 32:] = 1e30
-    with pytest.raises(DivergedError, match="before column"):
-        sweep(weight * 1e30, feedback, fmt, importance=stats.hessian.diagonal())
-    with pytest.raises(DivergedError, match="in the last"):
-        sweep(weight, late, fmt, importance=stats.hessian.diagonal())
+@pytest.mark.parametrize("name", ["Q4_0", "MXFP4", "NVFP4", "Q4_K", "TQ2_0"])
+def test_feedback_that_diverges_is_told(name: str) -> None:
+    """Between panels of columns, far ahead in a block that is about to be fitted, and in the last panel."""
+    weight, importance = torch.randn(8, 512), torch.ones(512)
+    early, ahead, late = torch.full((512, 512), 1e3), torch.eye(512), torch.eye(512)
+    ahead[0, 300] = 3e38
+    late[480:, 480:] = 1e30
+    for values, feedback, says in (
+        (weight * 1e30, early, "before"),
+        (weight * 1e6, ahead, "before"),
+        (weight, late, "in the last"),
+    ):
+        with pytest.raises(DivergedError, match=says):
+            sweep(values, feedback, FORMATS[name], importance=importance)
+
+
+@pytest.mark.parametrize("name", ["Q4_0", "MXFP4", "NVFP4", "Q4_K", "TQ2_0"])
+def test_what_is_no_number_ends_no_process(name: str) -> None:
+    for value in (torch.nan, torch.inf):
+        assert len(FORMATS[name].fit(torch.full((17, 256), value)).scale) == 17
 
 
 @pytest.mark.parametrize("fmt", [FORMATS["Q4_0"], FORMATS["Q4_K"]], ids=repr)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,7 +10,7 @@ import pytest
 
 from qronos_export.errors import OutputError
 from qronos_export.resume import FOLDER, State, discard, resumable
-from qronos_export.workspace import SCRATCH, lock, scratch, workspace
+from qronos_export.workspace import SCRATCH, scratch, workspace
 
 WANTED = {"recipe": "one"}
 
@@ -102,8 +101,6 @@ def test_a_state_is_discarded_unless_a_run_holds_it(tmp_path: Path) -> None:
 def test_what_a_kill_leaves_of_a_state_is_swept(tmp_path: Path) -> None:
     (tmp_path / f"{SCRATCH}over").mkdir()
     (tmp_path / f"{SCRATCH}over" / "manifest.json").write_text("{}")
-    handle = lock(tmp_path / f"{SCRATCH}over")
-    os.close(handle)
     with resumable(tmp_path, [], False, WANTED):
         pass
     assert not any(tmp_path.iterdir())

@@ -51,7 +51,10 @@ class BlockStore:
 
     def values(self, tensor: StoredTensor, file_rows: Tensor) -> Tensor:
         """What rows [n] of a finished tensor stand for in the calibrated model: float32 [n, columns]."""
-        values = self.formats[tensor.name].dequantize(torch.from_numpy(self.blocks(tensor.name))[file_rows])
+        fmt, path = self.formats[tensor.name], self.finished(tensor.name)
+        shape = tensor.rows, fmt.row_bytes(tensor.columns)
+        rows = np.memmap(path, dtype=np.uint8, mode="r", shape=shape)[file_rows.numpy()]
+        values = fmt.dequantize(torch.from_numpy(rows))
         return values * self._scales[tensor.name][tensor.expert(file_rows)][:, None]
 
     def blocks(self, name: str) -> np.ndarray:

@@ -7,7 +7,7 @@ which tensors those are. It refuses checkpoints that do not fill the model and w
 
 import os
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import groupby
 from pathlib import Path
 from typing import cast
@@ -141,12 +141,9 @@ def _read_ahead(tensors: Iterable[StoredTensor]) -> None:
     if not hasattr(os, "posix_fadvise"):
         return
     for file, parts in groupby(sorted(tensors, key=lambda each: (each.file, each.start)), lambda each: each.file):
-        handle = os.open(file, os.O_RDONLY)
-        try:
+        with suppress(OSError), file.open("rb") as opened:  # who reads it tells what is wrong
             for part in parts:
-                os.posix_fadvise(handle, part.start, part.bytes, os.POSIX_FADV_WILLNEED)
-        finally:
-            os.close(handle)
+                os.posix_fadvise(opened.fileno(), part.start, part.bytes, os.POSIX_FADV_WILLNEED)
 
 
 def load_whole(

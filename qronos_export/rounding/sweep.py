@@ -70,17 +70,19 @@ def sweep(
     width = step if grid is not None else math.gcd(step, fmt.block_size)
     for start in range(0, columns, width):
         stop = min(start + width, columns)
-        if not bool(torch.isfinite(work[start:stop]).all()):
-            raise DivergedError(f"feedback diverged before column {start} of {columns}")
         if grid is None and start % fmt.block_size == 0:
             begin = storage[start] // fmt.block_size * fmt.block_size
             block = position[begin : begin + fmt.block_size]
             if any(not 0 <= column - begin < fmt.block_size for column in storage[start : start + fmt.block_size]):
                 raise ValueError("scales that follow the sweep need an order that meets each block as a whole")
+            if not bool(torch.isfinite(work[block]).all()):
+                raise DivergedError(f"feedback diverged before column {start} of {columns}")
             own = slice(begin, begin + fmt.block_size)
             grids[begin] = fmt.fit(work[block].T, importance[own])
             current = ColumnGrid(grids[begin], begin)
             met = {(storage[start] - begin) // current.grid.group}
+        elif not bool(torch.isfinite(work[start:stop]).all()):
+            raise DivergedError(f"feedback diverged before column {start} of {columns}")
         assert current is not None
         if codes is None:
             codes = current.new_codes(work)
