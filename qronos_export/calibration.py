@@ -121,7 +121,8 @@ class _Forwards:
 
 
 class _Stream:
-    """One quantized stream in one block: a copy of the block, and the forwards of all micro-batches."""
+    """One quantized stream in one block: a copy of the block, and the forwards of all micro-batches. No function here
+    holds the stream itself: a cycle would keep all of that until the collector comes."""
 
     def __init__(
         self,
@@ -133,21 +134,22 @@ class _Stream:
         linear: Linear,
     ) -> None:
         self.number = number
-        self.module = copy.deepcopy(module)
-        runtime.prepare(self.module, name)
+        self.module = copied = copy.deepcopy(module)
+        runtime.prepare(copied, name)
 
         def activation(part: str, stage: str) -> Activation | None:
-            return _activation(self.module, f"{name}.{part}", part, stage, partial(runtime.activation, number))
+            return _activation(copied, f"{name}.{part}", part, stage, partial(runtime.activation, number))
 
         self.activation = activation
-        self.block = Block(self.module, observed, activation, linear)
+        self.block = Block(copied, observed, activation, linear)
         self._loans: dict[str, Loans] = {}
 
     def start(self, stops: list[Stop], batches: list[MicroBatch], index: int, again: bool, clock: Clock) -> None:
-        self.block.stop_at(stops)
+        block, number = self.block, self.number
+        block.stop_at(stops)
 
         def start(n: int) -> greenlet:
-            return self.block.start(batches[n].x_hat[self.number], batches[n].arguments[index])
+            return block.start(batches[n].x_hat[number], batches[n].arguments[index])
 
         self.forwards = _Forwards(start, stops, len(batches), again, clock)
 
