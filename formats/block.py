@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Protocol, final
+from typing import ClassVar, Protocol, final
 
 import torch
 from torch import Tensor
@@ -50,6 +50,7 @@ class Integers:
 
     low: int
     high: int
+    apart: ClassVar[float] = 1.0
 
     def nearest(self, values: Tensor) -> Tensor:
         return values.round().clamp_(self.low, self.high).to(torch.int8 if self.low < 0 else torch.uint8)
@@ -69,6 +70,11 @@ class Codebook:
     """Levels listed one by one, in any order; a code is a place in the list, in uint8."""
 
     levels: tuple[float, ...]
+
+    @property
+    def apart(self) -> float:
+        """The mean distance of neighbours."""
+        return (max(self.levels) - min(self.levels)) / (len(set(self.levels)) - 1)
 
     def nearest(self, values: Tensor) -> Tensor:
         return self._look_up(values, 1)

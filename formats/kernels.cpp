@@ -57,6 +57,8 @@ template <class V> static V finite_or(V v, V other) { return v - v == V{} ? v : 
 struct Integers {
     float low, high;
 
+    float apart() const { return 1.0f; }
+
     template <class V> V nearest(V v, signed char *codes = nullptr) const {
         const V level = round(clamp(v, V{} + low, V{} + high));
         constexpr int lanes = sizeof(V) / sizeof(float);
@@ -72,6 +74,13 @@ struct Codebook {
     const float *levels; // by cell of the line, see `cells` of formats/block.py
     float low, high, per_unit;
     const signed char *codes = nullptr; // by cell as well
+
+    float apart() const {
+        const long cells = static_cast<long>(high - low) + 1;
+        long gaps = 0;
+        for (long cell = 1; cell < cells; cell++) gaps += levels[cell] != levels[cell - 1];
+        return (levels[cells - 1] - levels[0]) / gaps;
+    }
 
     template <class V> V cell(V v) const {
         v = clamp(v * per_unit, V{} + low, V{} + high);
@@ -152,16 +161,19 @@ template <class V, class L>
 static V search_one(const Weights &of, const L &levels, const float *reach, long reaches, const float *beside, long steps,
                     V &top) {
     V low = of.value<V>(0), high = low;
+    V heaviest = low, weighs = of.weight<V>(0) * low * low;
     for (long i = 1; i < of.size; i++) {
-        const V x = of.value<V>(i);
+        const V x = of.value<V>(i), here = of.weight<V>(i) * x * x;
         low = x < low ? x : low;
         high = x > high ? x : high;
+        heaviest = here > weighs ? x : heaviest;
+        weighs = here > weighs ? here : weighs;
     }
     top = -low > high ? low : high;
-    const V per_peak = finite_or(1.0f / top, V{});
+    V per_weight = finite_or(1.0f / top, V{});
     V chosen = top / reach[0], gain{}, anchor = V{} + reach[0];
     auto try_on = [&](V at) {
-        const Moments<V> sums = moments(of, levels, per_peak * at, V{});
+        const Moments<V> sums = moments(of, levels, per_weight * at, V{});
         const V scale = sums.wqx / sums.wqq, lowered = sums.wqx * scale;
         const auto better = lowered > gain;
         chosen = better ? scale : chosen;
@@ -174,6 +186,11 @@ static V search_one(const Weights &of, const L &levels, const float *reach, long
         try_on(best - beside[k]);
         try_on(best + beside[k]);
     }
+    const V level = levels.nearest(heaviest * finite_or(1.0f / chosen, V{}));
+    per_weight = finite_or(1.0f / heaviest, V{});
+    const float apart = levels.apart();
+    try_on(levels.nearest(level - apart));
+    try_on(levels.nearest(level + apart));
     return chosen;
 }
 

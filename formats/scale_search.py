@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from formats import native
-from formats.block import Integers, Levels, reciprocal
+from formats.block import Codebook, Integers, Levels, reciprocal
 from formats.parallel import at_once, side_by_side
 from formats.sums import code_sums, weighted_error
 
@@ -78,12 +78,13 @@ def extremes(weights: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def search_scale(
-    x: Tensor, importance: Tensor, levels: Levels, reach: Sequence[float], beside: Sequence[float]
+    x: Tensor, importance: Tensor, levels: Integers | Codebook, reach: Sequence[float], beside: Sequence[float]
 ) -> Tensor:
     """Best real, signed scale of each group: float32 [groups] for `x` and `importance` [size, groups].
 
     The weight of largest magnitude is put on each number of `reach` in turn (its sign decides the sign of the scale),
-    then on what lies `beside` the best of them on either hand. Given the codes q that follow, the best scale is
+    then on what lies `beside` the best of them on either hand; at last the weight of largest w·x² on the levels next
+    to its own, for that one may count more than all others. Given the codes q that follow, the best scale is
     Σ w·x·q / Σ w·q² and lowers the error by (Σ w·x·q)² / Σ w·q². The candidate that lowers it most wins. Groups of
     zeros get scale 0.
     """
@@ -95,9 +96,9 @@ def search_scale(
     chosen, gain = top / reach[0], torch.zeros_like(top)
     anchors = torch.full_like(top, reach[0])
 
-    def try_on(anchor: Tensor) -> None:
+    def try_on(anchor: Tensor, per_weight: Tensor = per_peak) -> None:
         nonlocal chosen, gain, anchors
-        _, along, power = code_sums(x, importance, levels, per_peak * anchor)
+        _, along, power = code_sums(x, importance, levels, per_weight * anchor)
         scale = along / power
         lowered = along * scale
         better = lowered > gain  # false where all codes are 0: 0/0 compares as false
@@ -111,6 +112,10 @@ def search_scale(
         best = anchors
         try_on(best - step)
         try_on(best + step)
+    heaviest = x.gather(0, (importance * x * x).argmax(0, keepdim=True))[0]
+    level = levels.snap(heaviest * reciprocal(chosen))
+    for side in (-levels.apart, levels.apart):
+        try_on(levels.snap(level + side), reciprocal(heaviest))
     return chosen
 
 
@@ -124,7 +129,7 @@ def best_half_scale(
     weights: Tensor,
     importance: Tensor | None,
     size: int,
-    levels: Levels,
+    levels: Integers | Codebook,
     reach: Sequence[float],
     beside: Sequence[float] = (0.5, 0.25),
 ) -> Tensor:
@@ -156,7 +161,7 @@ def by_rows(
 def best_scale(
     weights: Tensor,
     importance: Tensor,
-    levels: Levels,
+    levels: Integers | Codebook,
     reach: Sequence[float],
     beside: Sequence[float] = (0.5, 0.25),
     store: Store = to_half,

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from formats.affine_search import Moments, search_affine
-from formats.block import Integers, Levels, reciprocal
+from formats.block import Codebook, Integers, Levels, reciprocal
 from formats.scale_search import in_chunks, search_scale, to_half
 from formats.sums import code_sums, weighted_error
 
@@ -25,7 +25,7 @@ State = tuple[Tensor, ...]
 def fit_scales(
     weights: Tensor,
     importance: Tensor,
-    levels: Levels,
+    levels: Integers | Codebook,
     reach: Sequence[float],
     beside: Sequence[float],
     subs: int,
@@ -53,7 +53,8 @@ def fit_scales(
             wanted = torch.where(power > 0, along / power, d * sc)
             state = _rounded(torch.where(torch.isfinite(fresh), fresh, d), wanted, sub_levels)
             best, error = _better(best, error, state, _error(x, imp, levels, state))
-        return best[0][:, 0], best[1]
+        d, sc = best
+        return d[:, 0], _beside(x, imp, levels, sub_levels, d, sc)
 
     d, sc = in_chunks(search, weights, importance, subs)
     return d, sc
@@ -65,8 +66,24 @@ def _rounded(d: Tensor, wanted: Tensor, sub_levels: Integers) -> State:
 
 
 def _error(x: Tensor, importance: Tensor, levels: Levels, state: State) -> Tensor:
+    return _errors(x, importance, levels, state).sum(1, keepdim=True)
+
+
+def _errors(x: Tensor, importance: Tensor, levels: Levels, state: State) -> Tensor:
+    """Of every sub-block: [supers, subs]."""
     d, sc = state
-    return weighted_error(x, importance, (d * sc).view(-1), levels).view(sc.shape).sum(1, keepdim=True)
+    return weighted_error(x, importance, (d * sc).view(-1), levels).view(sc.shape)
+
+
+def _beside(x: Tensor, importance: Tensor, levels: Levels, sub_levels: Integers, d: Tensor, sc: Tensor) -> Tensor:
+    """The best of sc − 1, sc and sc + 1 for each sub-block: where few weights count, the integer nearest to the best
+    real scale need not be the best integer. d [supers, 1] or [groups] that suits sc."""
+    best: State = (sc,)
+    error = _errors(x, importance, levels, (d, sc))
+    for step in (-1, 1):
+        other = (sc + step).clamp_(sub_levels.low, sub_levels.high)
+        best, error = _better(best, error, (other,), _errors(x, importance, levels, (d, other)))
+    return best[0]
 
 
 def _better(best: State, error: Tensor, state: State, reached: Tensor) -> tuple[State, Tensor]:
@@ -153,7 +170,7 @@ def _least_squares(moments: Moments, d: Tensor, dmin: Tensor, sc: Tensor, m: Ten
 def refit_scale(
     x: Tensor,
     importance: Tensor,
-    levels: Levels,
+    levels: Integers | Codebook,
     reach: Sequence[float],
     beside: Sequence[float],
     sub_levels: Integers,
@@ -169,7 +186,7 @@ def refit_scale(
         (fresh,),
         weighted_error(x, importance, d * fresh, levels),
     )
-    return sc
+    return _beside(x, importance, levels, sub_levels, d, sc)
 
 
 def refit_scale_and_min(

@@ -349,6 +349,33 @@ def test_damage_is_found_and_made_again(
     assert result(tmp_path) == known.result
 
 
+@pytest.mark.parametrize("kind", ["nearest", "offloaded", "experts"])
+def test_other_runs_make_a_damaged_block_again(kind: str, recipe: Recipe, llamacpp: LlamaCpp, tmp_path: Path) -> None:
+    """Rounding to nearest, which has no streams; forwards that run anew; experts, which lend each other tokens."""
+    if kind == "nearest":
+        recipe = replace(recipe, method="rtn", transforms="none", attention_aware=None)
+    elif kind == "offloaded":
+        recipe = replace(recipe, offload="disk")
+    else:
+        recipe = replace(recipe, model=str(make("mixtral", tmp_path / "tiny")), format="Q8_0", transforms="none")
+    alone, output = tmp_path / "alone", tmp_path / "again"
+    assert finish(recipe, alone, llamacpp) == (0, [])
+    state = output / FOLDER
+    events = begin(recipe, output, llamacpp)
+    for _ in events:
+        if (state / "step-00003.json").exists():
+            events.close()
+    record = read_record(state / "step-00002.json")
+    assert record is not None
+    blocks = record["blocks"]["Q8_0"]
+    assert any("exps" in name for name in blocks) == (kind == "experts")
+    file = state / "blocks" / "Q8_0" / block_file(list(blocks)[-1])
+    file.write_bytes(bytes([file.read_bytes()[0] ^ 1]) + file.read_bytes()[1:])
+    done, damaged = finish(recipe, output, llamacpp)
+    assert done >= 3 and damaged == ["step-00002"]
+    assert result(output) == result(alone)
+
+
 def test_two_runs_do_not_share_a_state(recipe: Recipe, known: Known, llamacpp: LlamaCpp, tmp_path: Path) -> None:
     known.copy(tmp_path)
     first = begin(recipe, tmp_path, llamacpp)

@@ -66,6 +66,8 @@ def resumable(output: Path, results: list[Path], force: bool, wanted: Mapping[st
         except OSError as error:
             raise OutputError(f"Cannot write to {output}: {error.strerror}.") from error
         with _alone(root):
+            if continued != (root / _MANIFEST).exists():
+                raise OutputError(f"Another run has begun or ended in {root} just now; start this one again.")
             if continued and (why := _misfit(root, wanted)):
                 if not force:
                     raise OutputError(

@@ -24,6 +24,7 @@ _UNEVEN = (
     "is used for some calibration sequences and not for others. What a model runs for some tokens only can be "
     "calibrated where transformers fuses it as experts; use --method rtn."
 )
+_TWICE = "runs more than once in a decoder block, where only one input could be calibrated on; use --method rtn."
 Activation = Callable[[Tensor], Tensor]
 """Rounds what a layer reads: float [..., features] to the like."""
 
@@ -92,16 +93,17 @@ class Block:
     def observe(self, hidden: Tensor, kwargs: dict[str, Any]) -> tuple[list[Stop], list[Any], Tensor]:
         """Run once without waiting: the stops in order, what arrived at each, and the block's output.
 
-        Linears that read the same tensor share a stop, however far apart they are.
+        Linears that read the same tensor share a stop, however far apart they are. Raises CalibrationError where one
+        runs twice.
         """
         stops: list[Stop] = []
         arrivals: list[Any] = []
         known: dict[tuple[int, ...], Stop] = {}
 
         def record(name: str, stage: str, payload: Any) -> None:
+            if any(name in stop.members and stop.stage == stage for stop in stops):
+                raise CalibrationError(f"{name} {_TWICE}")
             if stage == "linear":
-                if any(name in stop.members for stop in stops):
-                    return
                 key = (payload.data_ptr(), payload.numel(), payload.shape[-1], payload._version)
                 if key in known:
                     known[key].members.append(name)

@@ -250,6 +250,21 @@ def test_a_layer_for_some_sequences_is_refused(first: float, again: bool) -> Non
         list(calibration.walk(block, 0, "block", batches, lambda weight: True, Clock(), again=again))
 
 
+def test_a_layer_that_runs_twice_is_refused() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.shared = nn.Linear(4, 4)
+
+        def forward(self, hidden: Tensor) -> Tensor:
+            return self.shared(self.shared(hidden))
+
+    batch = MicroBatch(torch.zeros(1, 3), torch.zeros(1, 3, 4), [{}])
+    batch.x_hat.append(batch.x)
+    with pytest.raises(CalibrationError, match="shared runs more than once in a decoder block"), torch.no_grad():
+        list(calibration.walk(Twice(), 0, "block", [batch], lambda weight: True, Clock()))
+
+
 def test_each_weight_reads_what_its_own_type_rounds_to(model: LazyModel) -> None:
     """q coarsely, k as it is, v and the rest finely: the quantized stream is the model with its linears so hooked, the
     statistics are those of what each read, and the float stream knows nothing of it."""
