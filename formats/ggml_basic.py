@@ -24,7 +24,7 @@ from torch import Tensor
 
 from formats.affine_search import best_half_affine
 from formats.bits import pack_consecutive, pack_nibbles, unpack_consecutive, unpack_nibbles
-from formats.block import BlockFormat, Codebook, Floats, Grid, Integers, Levels, blocked, half_bytes, half_from_bytes
+from formats.block import BlockFormat, Codebook, Floats, Grid, Integers, blocked, half_bytes, half_from_bytes
 from formats.scale_search import best_half_scale, grouped, to_half
 
 
@@ -62,7 +62,7 @@ class BF16(_Float):
 class OneScale(BlockFormat):
     """fp16 d | codes;  w = d · level. A subclass lays out the codes and says where a scale search looks."""
 
-    levels: Levels
+    levels: Integers | Codebook
     reach: tuple[float, ...]  # where the largest weight of a block is put, ggml's rule first
     beside: tuple[float, ...] = (0.5, 0.25)  # how far around the best of them
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from functools import cache
+from itertools import product
 from pathlib import Path
 
 import libggml
@@ -139,6 +140,8 @@ def samples(kind: str) -> Tensor:
         return torch.distributions.Laplace(0.0, 1.0).sample((256, COLUMNS)) * 0.05
     if kind == "four bits already":  # as quantization-aware training leaves weights
         return torch.randint(-8, 8, (256, COLUMNS)) * (0.01 + 0.01 * torch.rand(256, 1))
+    if kind == "outliers":
+        return torch.randn(256, COLUMNS) * torch.where(torch.arange(COLUMNS) % 256 == 0, 5.0, 0.05)
     if kind == "student":
         return torch.distributions.StudentT(3.0).sample((256, COLUMNS)) * 0.05
     with safe_open(open_checkpoint("demo").folder / "model.safetensors", "pt") as file:
@@ -151,17 +154,28 @@ CLEARLY = {  # the goal of a search that libggml does not make; bounds just abov
 }  # fmt: skip
 
 
+KINDS = [
+    *product(["gaussian", "laplace", "student", "real", "four bits already", "outliers"], ["alike", "uneven"]),
+    *product(["gaussian", "real"], ["one", "two", "five"]),
+]
+
+
 @pytest.mark.parametrize("fmt", BLOCKS, ids=repr)
-@pytest.mark.parametrize("kind", ["gaussian", "laplace", "student", "real", "four bits already"])
-@pytest.mark.parametrize("weighted", [False, True])
-def test_fit_is_never_worse_than_libggml(fmt: BlockFormat, kind: str, weighted: bool) -> None:
-    """The importance-weighted squared error over all rows, with the same importance given to both."""
-    weights = samples(kind)
-    importance = torch.rand(COLUMNS, generator=torch.Generator().manual_seed(4)) ** 4 + 1e-3 if weighted else None
+@pytest.mark.parametrize(("kind", "weighted"), KINDS)
+def test_fit_is_never_worse_than_libggml(fmt: BlockFormat, kind: str, weighted: str) -> None:
+    """The importance-weighted squared error over all rows, with the same importance given to both; that of so many
+    columns ten thousand times as large as of the others."""
+    weights, importance, generator = samples(kind), None, torch.Generator().manual_seed(4)
+    if weighted == "uneven":
+        importance = torch.rand(COLUMNS, generator=generator) ** 4 + 1e-3
+    elif weighted != "alike":
+        importance = torch.rand(COLUMNS, generator=generator) + 0.1
+        importance[torch.randperm(COLUMNS, generator=generator)[: {"one": 1, "two": 2, "five": 5}[weighted]]] *= 1e4
     weighing = torch.ones(COLUMNS) if importance is None else importance
     ours = ((fmt.dequantize(fmt.quantize(weights, importance)) - weights).square() * weighing).sum()
     theirs = ((fmt.dequantize(libggml_quantize(fmt, weights, importance)) - weights).square() * weighing).sum()
-    assert ours <= theirs * (CLEARLY.get(fmt.name, 1 + 1e-6) if kind != "four bits already" else 1 + 1e-6) + 1e-9
+    usual = kind not in ("four bits already", "outliers") and weighted in ("alike", "uneven")
+    assert ours <= theirs * (CLEARLY.get(fmt.name, 1 + 1e-6) if usual else 1 + 1e-6) + 1e-9
 
 
 REFERENCE = {"f16": 1, "q4_0": 2, "q4_1": 3, "q5_0": 6, "q5_1": 7, "q8_0": 8, "iq4_nl": 20, "q8_k": 15}  # ggml.h
