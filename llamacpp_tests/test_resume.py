@@ -349,6 +349,20 @@ def test_damage_is_found_and_made_again(
     assert result(tmp_path) == known.result
 
 
+def test_a_damaged_head_is_made_again_where_what_it_reads_is_damaged_too(
+    recipe: Recipe, known: Known, llamacpp: LlamaCpp, tmp_path: Path
+) -> None:
+    events, state = begin(recipe, tmp_path, llamacpp), tmp_path / FOLDER
+    for _ in events:
+        if (state / f"step-{STEPS:05}.json").exists():
+            events.close()
+    for file in (f"blocks/Q4_0/{block_file('output.weight')}", f"step-{STEPS - 1:05}.hidden"):
+        (state / file).write_bytes((state / file).read_bytes()[:-1] + b"x")
+    done, damaged = finish(recipe, tmp_path, llamacpp)
+    assert done == STEPS and f"step-{STEPS:05}" in damaged
+    assert result(tmp_path) == known.result
+
+
 @pytest.mark.parametrize("kind", ["nearest", "offloaded", "experts"])
 def test_other_runs_make_a_damaged_block_again(kind: str, recipe: Recipe, llamacpp: LlamaCpp, tmp_path: Path) -> None:
     """Rounding to nearest, which has no streams; forwards that run anew; experts, which lend each other tokens."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -45,7 +45,7 @@ from qronos_export.report import Artifact, RunReport
 from qronos_export.resolved import matched, replayable
 from qronos_export.resume import Journal, Pieces, State, discard, resumable
 from qronos_export.shortage import Where, named
-from qronos_export.streams import calibrate, round_to_nearest, rounded_cache
+from qronos_export.streams import calibrate, mend, round_to_nearest, rounded_cache
 from qronos_export.transformed import PROBE, need_inputs
 from qronos_export.validation import Cache
 from qronos_export.workspace import check_space, float_bytes, folded_bytes, stored_bytes, workspace
@@ -179,7 +179,9 @@ def _run(
                 yield Resumed(journal.done, pieces.damaged)
             if journal.torn:
                 yield Stage("layers")
-                _mend(model, source, wanted, outputs, tokens, recipe, journal, folder)
+                apart = Plan(source, RowIndex(source, list(wanted)))  # the run's goes on behind the torn steps
+                mend(model, apart, outputs, tokens, recipe, journal, folder)
+                del apart
         if tokens is None:
             rounded = round_to_nearest(model, plan, outputs, clock, journal)
         else:
@@ -269,26 +271,6 @@ def _report(result: RunReport, path: Path, pieces: Pieces) -> None:
     written = pieces.folder / path.name
     result.write(written)
     pieces.deliver(written, path)
-
-
-def _mend(
-    model: LazyModel,
-    source: GGUFFile,
-    wanted: Iterable[str],
-    outputs: list[Output],
-    tokens: torch.Tensor | None,
-    recipe: Recipe,
-    journal: Journal,
-    folder: Path,
-) -> None:
-    """Make again what of the journal's steps is damaged, by a plan of its own: the run's goes on behind them."""
-    plan, clock = Plan(source, RowIndex(source, list(wanted))), Clock()
-    if tokens is None:
-        layers = round_to_nearest(model, plan, outputs, clock, journal, mend=True)
-    else:
-        layers = calibrate(model, plan, outputs, tokens, recipe, clock, journal=journal, folder=folder, mend=True)
-    for _ in layers:
-        pass
 
 
 def _state(artifact: Artifact, file: Path, pieces: Pieces) -> None:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -13,7 +13,7 @@ import torch
 from qronos_export import calibration, precision
 from qronos_export.activations import Activation, activation
 from qronos_export.artifact import gguf
-from qronos_export.attention import read_attention
+from qronos_export.attention import Attention, read_attention
 from qronos_export.calibration import Clock, Group, Matrix
 from qronos_export.checkpoint import LazyModel, head_sizes, round_cache
 from qronos_export.decoder import Decoder, MicroBatch, add_stream, enter
@@ -27,6 +27,8 @@ from qronos_export.report import LayerReport
 from qronos_export.rounding import ROUNDERS, Rounder, Settings, blind
 from qronos_export.states import Shelf
 from qronos_export.statistics import LayerStats
+
+Stored = Callable[[int, gguf.StoredTensor, torch.Tensor], torch.Tensor]
 
 
 @dataclass
@@ -66,6 +68,138 @@ class Journal(Protocol):
     def save(self, batches: Sequence[MicroBatch]) -> None: ...
 
 
+class Walk:
+    """All streams side by side on their way through `model`: the embedding, every block, the head. Each of `ranks` runs
+    its share of `tokens` int64 [n, length], and may leave hidden states in files of `folder`.
+
+    Methods yield each tensor as it is rounded. Given `stored`, (stream, tensor, rows of it) -> values, the matrices
+    become these instead, as they were rounded once before, and nothing is learned on the way.
+    """
+
+    def __init__(
+        self,
+        model: LazyModel,
+        plan: Destinations,
+        outputs: Sequence[Sink],
+        tokens: torch.Tensor,
+        recipe: Recipe,
+        clock: Clock,
+        passengers: Passengers | None = None,
+        ranks: Ranks = ALONE,
+        folder: Path | None = None,
+    ) -> None:
+        self.model, self.batches, self._clock = model, list[MicroBatch](), clock
+        self._plan, self._outputs, self._recipe, self._ranks, self._passengers = (
+            plan,
+            outputs,
+            recipe,
+            ranks,
+            passengers,
+        )
+        self._rounder, self._settings = rounder_settings(recipe)
+        self._decoder = decoder = Decoder(model.model.get_decoder(), model.blocks)
+        self._runtime = _runtime(model, plan, outputs, recipe)
+        self._linear = precision.linear(recipe.compute_dtype)
+        shelf = Shelf(recipe.offload, torch.bfloat16 if recipe.state_dtype == "bfloat16" else None, folder)
+
+        clock.lap(None)
+        apart = held_out(len(tokens), recipe.holds_out_one_in)
+        self.batches += enter(decoder, ranks.share(tokens[~apart]), recipe.micro_batch, shelf=shelf)
+        if bool(apart.any()):
+            self.batches += enter(decoder, ranks.share(tokens[apart]), recipe.micro_batch, held=True, shelf=shelf)
+        self._counted = list(self.batches)
+        (self._probe,) = enter(decoder, tokens[:1], 1)  # how a block rotates by position shows on any hidden states
+        if passengers:
+            passengers.batches = enter(decoder, passengers.tokens, recipe.micro_batch, counted=False, shelf=shelf)
+            self.batches += passengers.batches
+        clock.lap("forward")
+
+    def embedding(self, stored: Stored | None = None) -> Iterator[LayerReport]:
+        _claim_embedding(self.model, self._plan)
+        for stream, each in enumerate(self._outputs):
+            group = _embedding_group(self.model)
+            if stored:
+                self._take(group, stream, stored)
+            else:
+                yield from self._round(group, each, ROUNDERS["rtn"])
+            values = group.matrices[0].quantized
+            add_stream(self._decoder, self.model.embedding, values, self.batches)
+            if self._passengers and self.model.tied:
+                self._passengers.heads.append(values)
+            del group, values
+            self._clock.lap("forward")
+        give_back()
+
+    def block(self, index: int, stored: Stored | None = None) -> Iterator[LayerReport]:
+        clock, plan, name = self._clock, self._plan, self.model.block_names[index]
+        self._learn(not stored)
+        clock.lap(None)
+        module = self.model.load_block(index)
+        plan.forget()
+        plan.claim(calibration.block_matrices(module, name))
+        clock.lap("load")
+        heads = None if stored else self._heads(module, index)
+        stops = calibration.walk(
+            module, index, name, self.batches, lambda weight: bool(plan.targets(weight)), clock, self._runtime,
+            self._ranks, self._linear, again=self._recipe.offload != "none",
+        )  # fmt: skip
+        for stream, groups in stops:
+            for group in groups:
+                if stored:
+                    self._take(group, stream, stored)
+                else:
+                    yield from self._round(group, self._outputs[stream], self._rounder, heads)
+        del heads
+        self.model.release_block(index)
+        give_back()
+        clock.lap("forward")
+
+    def head(self) -> Iterator[LayerReport]:
+        """Of a model that has one of its own."""
+        weight = _claim_head(self.model, self._plan)
+        self._learn(True)
+        for stream, each in enumerate(self._outputs):
+            values = weight
+            if any(each.mix.format(target.tensor, weight.shape[1]) for target in self._plan.targets("head")):
+                stats = calibration.head_statistics(
+                    self._decoder, self.batches, stream, self._clock, self._runtime.activation(stream, "head"),
+                    self._ranks,
+                )  # fmt: skip
+                values = weight.clone()
+                yield from self._round(Group([Matrix("head", weight, values)], stats), each, self._rounder)
+            if self._passengers:
+                self._passengers.heads.append(values)
+
+    def _learn(self, counted: bool) -> None:
+        for batch in self._counted:
+            batch.counted = counted
+
+    def _heads(self, module: torch.nn.Module, index: int) -> Attention | None:
+        """Of a block whose rows are coupled."""
+        if not self._recipe.couples_rows:
+            return None
+        heads = read_attention(module, self.model.block_names[index], self._probe.x, self._probe.arguments[index])
+        self._clock.lap("forward")
+        asked = self._recipe.attention_aware is not None  # else no word on what it does not reach
+        return heads if heads is None or asked else replace(heads, note="")
+
+    def _round(
+        self, group: Group, output: Sink, rounder: Rounder, heads: Attention | None = None
+    ) -> Iterator[LayerReport]:
+        layers = list(
+            round_group(group, self._plan, output.mix, rounder, self._settings, output.store, heads, self._ranks)
+        )
+        self._clock.lap("rounding")
+        yield from layers
+
+    def _take(self, group: Group, stream: int, stored: Stored) -> None:
+        for matrix in group.matrices:
+            for target in self._plan.targets(matrix.name):
+                if self._outputs[stream].mix.format(target.tensor, matrix.weight.shape[1]):
+                    values = stored(stream, self._plan.tensor(target), target.file_rows)
+                    matrix.quantized[target.rows.to(matrix.quantized.device)] = values.to(matrix.quantized)
+
+
 def calibrate(
     model: LazyModel,
     plan: Destinations,
@@ -77,127 +211,61 @@ def calibrate(
     journal: Journal | None = None,
     ranks: Ranks = ALONE,
     folder: Path | None = None,
-    mend: bool = False,
 ) -> Iterator[LayerReport]:
-    """Embedding, every block, head: all streams side by side; yields each tensor as it is rounded, and goes on behind
-    what `journal` has. Each of `ranks` runs its share of `tokens`, and may leave hidden states in files of `folder`.
-
-    To `mend`, only the journal's torn steps are done, again; matrices of those before the last of them become what was
-    stored.
-    """
-    redo = journal.torn if journal and mend else ()
-    done = journal.done if journal and not redo else 0
+    """The whole walk, or what `journal` leaves of it; yields each tensor as it is rounded."""
+    done = journal.done if journal else 0
     if done == _steps(model):
         return
-    rounder, settings = rounder_settings(recipe)
-    decoder = Decoder(model.model.get_decoder(), model.blocks)
-    runtime = _runtime(model, plan, outputs, recipe)
-    linear = precision.linear(recipe.compute_dtype)
-    shelf = Shelf(recipe.offload, torch.bfloat16 if recipe.state_dtype == "bfloat16" else None, folder)
+    walk = Walk(model, plan, outputs, tokens, recipe, clock, passengers, ranks, folder)
 
-    clock.lap(None)
-    if not done:
-        _claim_embedding(model, plan)
-    apart = held_out(len(tokens), recipe.holds_out_one_in)
-    batches = enter(decoder, ranks.share(tokens[~apart]), recipe.micro_batch, shelf=shelf)
-    if bool(apart.any()):
-        batches += enter(decoder, ranks.share(tokens[apart]), recipe.micro_batch, held=True, shelf=shelf)
-    (probe,) = enter(decoder, tokens[:1], 1)  # how a block rotates by position shows on any hidden states
-    if passengers:
-        passengers.batches = enter(decoder, passengers.tokens, recipe.micro_batch, counted=False, shelf=shelf)
-        batches = [*batches, *passengers.batches]
+    def keep(batches: Sequence[MicroBatch] = ()) -> None:
+        if journal:
+            clock.lap("forward")
+            journal.save(batches)
+            clock.lap("write")
+
     if journal and done:
-        journal.restore(batches)
-    for stream, each in enumerate(outputs if not done else ()):
-        clock.lap("forward")
-        embedding = _embedding_group(model)
-        if journal and redo and 1 not in redo:
-            _take_stored(embedding, plan, each.mix, partial(journal.values, stream))
-        else:
-            yield from round_group(embedding, plan, each.mix, ROUNDERS["rtn"], settings, each.store, ranks=ranks)
-        clock.lap("rounding")
-        stored = embedding.matrices[0].quantized
-        add_stream(decoder, model.embedding, stored, batches)
-        if passengers and model.tied:
-            passengers.heads.append(stored)
-        del embedding, stored
-    give_back()
-    clock.lap("forward")
-    if journal and not done:
-        _keep(journal, 1, batches, redo)
-        clock.lap("write")
-
-    last = max(redo) - 1 if redo else len(model.blocks)
-    for index, name in list(enumerate(model.block_names))[max(0, done - 1) : last]:
-        clock.lap(None)
-        kept = bool(redo) and index + 2 not in redo
-        for batch in batches if redo else ():
-            batch.counted = not kept
-        module = model.load_block(index)
-        plan.forget()
-        plan.claim(calibration.block_matrices(module, name))
-        clock.lap("load")
-        heads = None
-        if recipe.couples_rows:
-            heads = read_attention(module, name, probe.x, probe.arguments[index])
-            if heads and recipe.attention_aware is None:  # nobody asked: no word on what it does not reach
-                heads = replace(heads, note="")
-            clock.lap("forward")
-        stops = calibration.walk(
-            module, index, name, batches, lambda weight: bool(plan.targets(weight)), clock, runtime, ranks, linear,
-            again=recipe.offload != "none",
-        )  # fmt: skip
-        for stream, groups in stops:
-            each = outputs[stream]
-            for group in groups:
-                if journal and kept:
-                    _take_stored(group, plan, each.mix, partial(journal.values, stream))
-                    continue
-                layers = list(round_group(group, plan, each.mix, rounder, settings, each.store, heads, ranks))
-                clock.lap("rounding")
-                yield from layers
-        del heads
-        model.release_block(index)
-        give_back()
-        if journal:
-            clock.lap("forward")
-            _keep(journal, index + 2, batches, redo)
-            clock.lap("write")
-
-    if model.head is not None and not model.tied and not redo:
-        weight = _claim_head(model, plan)
-        for stream, each in enumerate(outputs):
-            if any(each.mix.format(target.tensor, weight.shape[1]) for target in plan.targets("head")):
-                rounding = runtime.activation(stream, "head")
-                stats = calibration.head_statistics(decoder, batches, stream, clock, rounding, ranks)
-                head = Group([Matrix("head", weight, weight.clone())], stats)
-                yield from round_group(head, plan, each.mix, rounder, settings, each.store, ranks=ranks)
-                clock.lap("rounding")
-                if passengers:
-                    passengers.heads.append(head.matrices[0].quantized)
-            elif passengers:
-                passengers.heads.append(weight)
-        if journal:
-            journal.save([])
-            clock.lap("write")
+        journal.restore(walk.batches)
+    else:
+        yield from walk.embedding()
+        keep(walk.batches)
+    for index in range(max(0, done - 1), len(model.blocks)):
+        yield from walk.block(index)
+        keep(walk.batches)
+    if _has_head(model):
+        yield from walk.head()
+        keep()
     if recipe.offload == "disk" and ranks.world > 1:
         ranks.texts("done")  # no process takes away the folder while another writes there
 
 
-def _keep(journal: Journal, step: int, batches: Sequence[MicroBatch], redo: Sequence[int]) -> None:
-    if not redo:
-        journal.save(batches)
-    elif step in redo:
-        journal.mended(step)
-
-
-def _take_stored(group: Group, plan: Destinations, mix: Mix, values_of: Callable[..., torch.Tensor]) -> None:
-    """Give the matrices of `group` the values that were stored when they were rounded."""
-    for matrix in group.matrices:
-        for target in plan.targets(matrix.name):
-            if mix.format(target.tensor, matrix.weight.shape[1]):
-                values = values_of(plan.tensor(target), target.file_rows)
-                matrix.quantized[target.rows.to(matrix.quantized.device)] = values.to(matrix.quantized)
+def mend(
+    model: LazyModel,
+    plan: Destinations,
+    outputs: Sequence[Sink],
+    tokens: torch.Tensor | None,
+    recipe: Recipe,
+    journal: Journal,
+    folder: Path,
+) -> None:
+    """Do the torn steps of `journal` again and nothing else: matrices of the steps between become what was stored.
+    Without `tokens` by rounding to nearest."""
+    if tokens is None:
+        for step, rounded in _nearest(model, plan, outputs, Clock(), last=max(journal.torn)):
+            if step in journal.torn:
+                deque(rounded, maxlen=0)
+                journal.mended(step)
+        return
+    walk = Walk(model, plan, outputs, tokens, recipe, Clock(), folder=folder)
+    for step in range(1, max(journal.torn) + 1):
+        stored = None if step in journal.torn else journal.values
+        if step == 1:
+            rounded = walk.embedding(stored)
+        else:
+            rounded = walk.block(step - 2, stored) if step < len(model.blocks) + 2 else walk.head()
+        deque(rounded, maxlen=0)
+        if not stored:
+            journal.mended(step)
 
 
 def rounder_settings(recipe: Recipe) -> tuple[Rounder, Settings]:
@@ -259,49 +327,56 @@ def _key_order(targets: Sequence[gguf.Target], cache: KVCache) -> torch.Tensor |
 
 def _steps(model: LazyModel) -> int:
     """Of a walk through `model`."""
-    return 1 + len(model.blocks) + (model.head is not None and not model.tied)
+    return 1 + len(model.blocks) + _has_head(model)
+
+
+def _has_head(model: LazyModel) -> bool:
+    return model.head is not None and not model.tied
 
 
 def round_to_nearest(
-    model: LazyModel,
-    plan: Destinations,
-    outputs: Sequence[Sink],
-    clock: Clock,
-    journal: Journal | None = None,
-    mend: bool = False,
+    model: LazyModel, plan: Destinations, outputs: Sequence[Sink], clock: Clock, journal: Journal | None = None
 ) -> Iterator[LayerReport]:
-    """Every tensor on its own, without calibration; goes on behind what `journal` has, or does its torn steps again."""
-    redo = journal.torn if journal and mend else ()
-    done = journal.done if journal and not redo else 0
-    rtn, settings = ROUNDERS["rtn"], Settings(0.0, 0.0, "natural")
+    """Every tensor on its own, without calibration; goes on behind what `journal` has."""
+    for _, rounded in _nearest(model, plan, outputs, clock, journal.done if journal else 0):
+        yield from rounded
+        if journal:
+            journal.save([])
+            clock.lap("write")
 
-    def rounded(weights: Mapping[str, torch.Tensor], step: int) -> Iterator[LayerReport]:
-        if redo and step not in redo:
-            return
+
+def _nearest(
+    model: LazyModel, plan: Destinations, outputs: Sequence[Sink], clock: Clock, done: int = 0, last: int | None = None
+) -> Iterator[tuple[int, Iterator[LayerReport]]]:
+    """The steps behind `done`, to `last` of them, and what rounds their tensors to nearest once it is asked to."""
+    steps = range(done + 1, (last or _steps(model)) + 1)
+
+    def rounded(weights: Mapping[str, torch.Tensor]) -> Iterator[LayerReport]:
         for name, weight in weights.items():
             for each in outputs:
                 group = Group([Matrix(name, weight, torch.empty_like(weight))], LayerStats(0))
-                yield from round_group(group, plan, each.mix, rtn, settings, each.store)
+                yield from round_group(group, plan, each.mix, ROUNDERS["rtn"], _BLIND, each.store)
         clock.lap("rounding")
-        if journal:
-            _keep(journal, step, [], redo)
-            clock.lap("write")
 
     clock.lap(None)
-    if not done:
+    if 1 in steps:
         _claim_embedding(model, plan)
-        yield from rounded({"embedding": model.embedding.weight.detach()}, 1)
-    last = max(redo) - 1 if redo else len(model.blocks)
-    for index, name in list(enumerate(model.block_names))[max(0, done - 1) : last]:
+        yield 1, rounded({"embedding": model.embedding.weight.detach()})
+    for index, name in enumerate(model.block_names):
+        if index + 2 not in steps:
+            continue
         weights = calibration.block_matrices(model.load_block(index), name)
         plan.forget()
         plan.claim(weights)
         clock.lap("load")
-        yield from rounded(weights, index + 2)
+        yield index + 2, rounded(weights)
         model.release_block(index)
         give_back()
-    if model.head is not None and not model.tied and not redo and done < _steps(model):
-        yield from rounded({"head": _claim_head(model, plan)}, _steps(model))
+    if _has_head(model) and _steps(model) in steps:
+        yield _steps(model), rounded({"head": _claim_head(model, plan)})
+
+
+_BLIND = Settings(0.0, 0.0, "natural")
 
 
 def _claim_embedding(model: LazyModel, plan: Destinations) -> None:
