@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import ClassVar, Protocol, final
+from typing import Protocol, final
 
 import torch
 from torch import Tensor
@@ -50,7 +50,6 @@ class Integers:
 
     low: int
     high: int
-    apart: ClassVar[float] = 1.0
 
     def nearest(self, values: Tensor) -> Tensor:
         return values.round().clamp_(self.low, self.high).to(torch.int8 if self.low < 0 else torch.uint8)
@@ -60,6 +59,10 @@ class Integers:
 
     def snap(self, values: Tensor) -> Tensor:
         return values.round_().clamp_(self.low, self.high)
+
+    def beside(self, levels: Tensor, steps: int) -> Tensor:
+        """The levels so many places above `levels`, or below; the last where there is none."""
+        return (levels + steps).clamp_(self.low, self.high)
 
     def dither(self, values: Tensor, uniform: Tensor) -> Tensor:
         return self.nearest((values - uniform).ceil_())
@@ -71,11 +74,6 @@ class Codebook:
 
     levels: tuple[float, ...]
 
-    @property
-    def apart(self) -> float:
-        """The mean distance of neighbours."""
-        return (max(self.levels) - min(self.levels)) / (len(set(self.levels)) - 1)
-
     def nearest(self, values: Tensor) -> Tensor:
         return self._look_up(values, 1)
 
@@ -85,6 +83,12 @@ class Codebook:
 
     def snap(self, values: Tensor) -> Tensor:
         return self._look_up(values, 2)
+
+    def beside(self, levels: Tensor, steps: int) -> Tensor:
+        """The same by size."""
+        ascending = torch.tensor(sorted(set(self.levels)), device=levels.device)
+        places = torch.searchsorted(ascending, levels.contiguous()) + steps
+        return ascending[places.clamp_(0, len(ascending) - 1)]
 
     def dither(self, values: Tensor, uniform: Tensor) -> Tensor:
         return _dithered(cells(self.levels, values.device)[0], values, uniform)

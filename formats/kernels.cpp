@@ -57,7 +57,9 @@ template <class V> static V finite_or(V v, V other) { return v - v == V{} ? v : 
 struct Integers {
     float low, high;
 
-    float apart() const { return 1.0f; }
+    template <class V> V beside(V level, long steps) const {
+        return clamp(level + static_cast<float>(steps), V{} + low, V{} + high);
+    }
 
     template <class V> V nearest(V v, signed char *codes = nullptr) const {
         const V level = round(clamp(v, V{} + low, V{} + high));
@@ -75,13 +77,6 @@ struct Codebook {
     float low, high, per_unit;
     const signed char *codes = nullptr; // by cell as well
 
-    float apart() const {
-        const long cells = static_cast<long>(high - low) + 1;
-        long gaps = 0;
-        for (long cell = 1; cell < cells; cell++) gaps += levels[cell] != levels[cell - 1];
-        return (levels[cells - 1] - levels[0]) / gaps;
-    }
-
     template <class V> V cell(V v) const {
         v = clamp(v * per_unit, V{} + low, V{} + high);
         const V below = round(v);
@@ -96,6 +91,19 @@ struct Codebook {
             const int at = static_cast<int>(cells[lane]);
             found[lane] = levels[at];
             if (written) written[lane] = codes[at];
+        }
+        return load<V>(found);
+    }
+
+    template <class V> V beside(V level, long steps) const {
+        constexpr int lanes = sizeof(V) / sizeof(float);
+        float places[lanes], found[lanes];
+        store(places, cell(level));
+        for (int lane = 0; lane < lanes; lane++) {
+            long at = static_cast<long>(places[lane]);
+            const float own = levels[at];
+            while (levels[at] == own && steps && 0 <= at + steps && at + steps <= high - low) at += steps;
+            found[lane] = levels[at];
         }
         return load<V>(found);
     }
@@ -188,9 +196,7 @@ static V search_one(const Weights &of, const L &levels, const float *reach, long
     }
     const V level = levels.nearest(heaviest * finite_or(1.0f / chosen, V{}));
     per_weight = finite_or(1.0f / heaviest, V{});
-    const float apart = levels.apart();
-    try_on(levels.nearest(level - apart));
-    try_on(levels.nearest(level + apart));
+    for (long steps = -1; steps <= 1; steps++) try_on(levels.beside(level, steps));
     return chosen;
 }
 

@@ -83,8 +83,8 @@ def search_scale(
     """Best real, signed scale of each group: float32 [groups] for `x` and `importance` [size, groups].
 
     The weight of largest magnitude is put on each number of `reach` in turn (its sign decides the sign of the scale),
-    then on what lies `beside` the best of them on either hand; at last the weight of largest w·x² on the levels next
-    to its own, for that one may count more than all others. Given the codes q that follow, the best scale is
+    then on what lies `beside` the best of them on either hand; at last the weight of largest w·x² on its level and
+    both beside it, for that one may count more than all others. Given the codes q that follow, the best scale is
     Σ w·x·q / Σ w·q² and lowers the error by (Σ w·x·q)² / Σ w·q². The candidate that lowers it most wins. Groups of
     zeros get scale 0.
     """
@@ -114,8 +114,8 @@ def search_scale(
         try_on(best + step)
     heaviest = x.gather(0, (importance * x * x).argmax(0, keepdim=True))[0]
     level = levels.snap(heaviest * reciprocal(chosen))
-    for side in (-levels.apart, levels.apart):
-        try_on(levels.snap(level + side), reciprocal(heaviest))
+    for steps in (-1, 0, 1):
+        try_on(levels.beside(level, steps), reciprocal(heaviest))
     return chosen
 
 

@@ -27,7 +27,7 @@ from typing import Any
 import pytest
 import torch
 
-from qronos_export import pipeline
+from qronos_export import pipeline, resume, workspace
 from qronos_export.durable import read_record, write_record
 from qronos_export.errors import CheckpointError, OutOfMemoryError, OutputError
 from qronos_export.events import Finished, Resumed, Stage, Step
@@ -398,6 +398,29 @@ def test_two_runs_do_not_share_a_state(recipe: Recipe, known: Known, llamacpp: L
         list(begin(recipe, tmp_path, llamacpp))
     *_, last = first
     assert isinstance(last, Finished) and result(tmp_path) == known.result
+
+
+@pytest.mark.parametrize("ended", [True, False])
+def test_a_state_that_comes_or_goes_before_it_is_locked(
+    ended: bool, recipe: Recipe, known: Known, llamacpp: LlamaCpp, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of another run, which has begun or ended since this one looked."""
+    state = tmp_path / FOLDER
+    if ended:
+        known.copy(tmp_path)
+
+    def lock(folder: Path) -> int:
+        if ended:
+            shutil.rmtree(state)
+            state.mkdir()
+        else:
+            write_record(state / "manifest.json", {})
+        return workspace.lock(folder)
+
+    monkeypatch.setattr(resume, "lock", lock)
+    with pytest.raises(OutputError, match="has begun or ended"):
+        list(begin(recipe, tmp_path, llamacpp))
+    assert state.exists() is not ended
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])

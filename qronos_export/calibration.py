@@ -31,6 +31,10 @@ from qronos_export.ranks import ALONE, Ranks
 from qronos_export.statistics import LayerStats
 from qronos_export.suspended import Activation, Block, Routed, Stop, expert_inner, expert_matrices, is_experts, met
 
+_TWICE = (
+    "reads more than one tensor in a decoder block, and calibration would see only one of them; use --method rtn "
+    "--transforms none."
+)
 PHASES = ("load", "calibration", "transforms", "forward", "statistics", "rounding", "write", "validate")
 
 
@@ -201,6 +205,8 @@ def walk(
     float_block = Block(module, observed, linear=linear)
     try:
         stops, arrivals, output = float_block.observe(first.x, first.arguments[index])
+        if float_block.twice:
+            raise CalibrationError(f"{name}.{float_block.twice[0]} {_TWICE}")
         if ranks.world > 1 and len(ranks.texts(str(stops))) > 1:
             raise CalibrationError(f"The processes of torchrun meet other layers in {name}; run one process.")
         forwards = _Forwards(start, stops, len(others), again, clock)

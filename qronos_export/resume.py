@@ -21,7 +21,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -67,6 +67,8 @@ def resumable(output: Path, results: list[Path], force: bool, wanted: Mapping[st
             raise OutputError(f"Cannot write to {output}: {error.strerror}.") from error
         with _alone(root):
             if continued != (root / _MANIFEST).exists():
+                with suppress(OSError):
+                    root.rmdir()  # where it was made just now
                 raise OutputError(f"Another run has begun or ended in {root} just now; start this one again.")
             if continued and (why := _misfit(root, wanted)):
                 if not force:

@@ -116,6 +116,7 @@ class Walk:
 
     def embedding(self, stored: Stored | None = None) -> Iterator[LayerReport]:
         _claim_embedding(self.model, self._plan)
+        self._clock.lap("forward")
         for stream, each in enumerate(self._outputs):
             group = _embedding_group(self.model)
             if stored:
@@ -143,16 +144,21 @@ class Walk:
             module, index, name, self.batches, lambda weight: bool(plan.targets(weight)), clock, self._runtime,
             self._ranks, self._linear, again=self._recipe.offload != "none",
         )  # fmt: skip
+        yield from self._groups(stops, stored, heads)
+        del module, heads, stops
+        self.model.release_block(index)
+        give_back()
+        clock.lap("forward")
+
+    def _groups(
+        self, stops: Iterator[tuple[int, list[Group]]], stored: Stored | None, heads: Attention | None
+    ) -> Iterator[LayerReport]:
         for stream, groups in stops:
             for group in groups:
                 if stored:
                     self._take(group, stream, stored)
                 else:
                     yield from self._round(group, self._outputs[stream], self._rounder, heads)
-        del heads
-        self.model.release_block(index)
-        give_back()
-        clock.lap("forward")
 
     def head(self) -> Iterator[LayerReport]:
         """Of a model that has one of its own."""
@@ -226,6 +232,7 @@ def calibrate(
 
     if journal and done:
         journal.restore(walk.batches)
+        clock.lap("forward")
     else:
         yield from walk.embedding()
         keep(walk.batches)

@@ -22,9 +22,8 @@ from qronos_export.precision import Linear
 
 _UNEVEN = (
     "is used for some calibration sequences and not for others. What a model runs for some tokens only can be "
-    "calibrated where transformers fuses it as experts; use --method rtn."
+    "calibrated where transformers fuses it as experts; use --method rtn --transforms none."
 )
-_TWICE = "runs more than once in a decoder block, where only one input could be calibrated on; use --method rtn."
 Activation = Callable[[Tensor], Tensor]
 """Rounds what a layer reads: float [..., features] to the like."""
 
@@ -79,6 +78,7 @@ class Block:
         self.module = module
         self._stops: list[Stop] | None = None
         self._record: Callable[[str, str, Any], None] | None = None
+        self.twice: list[str] = []
         for name, part in module.named_modules():
             if isinstance(part, nn.Linear) and wanted(name):
                 part.forward = self._linear(name, part)  # type: ignore[method-assign, assignment]
@@ -93,22 +93,28 @@ class Block:
     def observe(self, hidden: Tensor, kwargs: dict[str, Any]) -> tuple[list[Stop], list[Any], Tensor]:
         """Run once without waiting: the stops in order, what arrived at each, and the block's output.
 
-        Linears that read the same tensor share a stop, however far apart they are. Raises CalibrationError where one
-        runs twice.
+        Linears that read the same tensor share a stop, however far apart they are. `twice` then names those that read
+        several tensors, of which the stop has the first.
         """
         stops: list[Stop] = []
         arrivals: list[Any] = []
         known: dict[tuple[int, ...], Stop] = {}
 
         def record(name: str, stage: str, payload: Any) -> None:
-            if any(name in stop.members and stop.stage == stage for stop in stops):
-                raise CalibrationError(f"{name} {_TWICE}")
+            before = next((stop for stop in stops if name in stop.members and stop.stage == stage), None)
             if stage == "linear":
                 key = (payload.data_ptr(), payload.numel(), payload.shape[-1], payload._version)
+                if before and (known.get(key) is not before or name == before.members[0]):
+                    self.twice.append(name)
+                if before:
+                    return
                 if key in known:
                     known[key].members.append(name)
                     return
                 known[key] = stop = Stop("linear", [name])
+            elif before:
+                self.twice.append(name)
+                return
             else:
                 stop = Stop(stage, [name])
             stops.append(stop)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -165,6 +167,26 @@ def test_products_in_bfloat16_move_statistics_little(model: LazyModel) -> None:
     assert max(off) > 1e-5
 
 
+@pytest.mark.parametrize("again", [False, True])
+def test_a_block_leaves_nothing_behind(model: LazyModel, again: bool) -> None:
+    """The stream's copy of a block is gone with the walk, without the collector."""
+    copies: list[weakref.ref[nn.Module]] = []
+    runtime = Runtime(prepare=lambda block, name: copies.append(weakref.ref(block)))
+    decoder = Decoder(model.model.get_decoder(), model.blocks)
+    batches = enter(decoder, tokens(model), 2)
+    add_stream(decoder, model.embedding, model.embedding.weight, batches)
+    block, name = model.load_block(0), model.block_names[0]
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in calibration.walk(block, 0, name, batches, lambda weight: True, Clock(), runtime, again=again):
+            pass
+        assert len(copies) == 1 and copies[0]() is None
+    finally:
+        gc.enable()
+        model.release_block(0)
+
+
 def offloaded(model: LazyModel, shelf: Shelf, ids: Tensor) -> tuple[dict, list[Tensor], int]:
     """A walk with two quantized streams, whose hidden states wait on `shelf`: H and G by stream and weight, the float
     and the second stream at the end, and the most bytes of tensors that were alive in blocks."""
@@ -261,7 +283,7 @@ def test_a_layer_that_runs_twice_is_refused() -> None:
 
     batch = MicroBatch(torch.zeros(1, 3), torch.zeros(1, 3, 4), [{}])
     batch.x_hat.append(batch.x)
-    with pytest.raises(CalibrationError, match="shared runs more than once in a decoder block"), torch.no_grad():
+    with pytest.raises(CalibrationError, match="shared reads more than one tensor"), torch.no_grad():
         list(calibration.walk(Twice(), 0, "block", [batch], lambda weight: True, Clock()))
 
 

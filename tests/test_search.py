@@ -162,7 +162,8 @@ def test_the_best_stored_scale_is_torchs(both: Callable, levels: Levels, groups:
     x, w = grouped(weights, importance, 32)
     ours, torchs = (weighted_error(x, w, found.flatten(), levels) for found in (compiled, plain))
     assert float(((ours - torchs).abs() > 1e-5 * torchs).float().mean()) < 0.05
-    assert torch.allclose(ours.view(3, -1).sum(1), torchs.view(3, -1).sum(1), rtol=1e-2, atol=0)
+    fine = levels == Integers(-127, 127)  # whose gains float32 tells apart least
+    assert torch.allclose(ours.view(3, -1).sum(1), torchs.view(3, -1).sum(1), rtol=1e-2 if fine else 1e-3, atol=0)
 
 
 @pytest.mark.parametrize("levels", [Integers(-8, 7), Integers(0, 3), Integers(0, 255)], ids=str)
