@@ -10,7 +10,6 @@ import torch
 
 from qronos_export.checkpoint import Checkpoint, LazyModel
 from qronos_export.errors import TransformError
-from qronos_export.precision import linear
 from qronos_export.ranks import ALONE, Ranks
 from qronos_export.recipe import Recipe
 from qronos_export.transformed import assist, transformed
@@ -68,7 +67,7 @@ def fold(
             kind=kind,
             on_progress=on_progress,
             ranks=ranks,
-            linear=linear(recipe.compute_dtype),
+            compute_dtype=recipe.compute_dtype,
         )
     except TransformError as error:
         if recipe.transforms != "auto":
@@ -82,6 +81,6 @@ def help_fold(work: Folding, device: torch.device, ranks: Ranks) -> None:
     recipe = work.recipe
     assist(
         work.checkpoint, recipe.transform_names, tokens=work.tokens.to(device), formats=recipe.formats,
-        micro_batch=recipe.micro_batch, activations=recipe.activations, ranks=ranks,
-        linear=linear(recipe.compute_dtype),
+        micro_batch=recipe.micro_batch, activations=recipe.activations,
+        compute_dtype=recipe.compute_dtype, ranks=ranks,
     )  # fmt: skip

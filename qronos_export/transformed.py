@@ -12,14 +12,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qronos_export.checkpoint import Checkpoint, CheckpointWriter, LazyModel, open_checkpoint
 from qronos_export.decoder import Decoder, MicroBatch, advance, enter
 from qronos_export.errors import TransformError
 from qronos_export.memory import give_back
-from qronos_export.precision import Linear
+from qronos_export.precision import Linear, linear
 from qronos_export.ranks import ALONE, Ranks
 from qronos_export.statistics import add_squares, symmetric
 from qronos_export.suspended import Block
@@ -53,16 +52,15 @@ def transformed(
     kind: Callable[[Checkpoint, torch.device], LazyModel] = LazyModel,
     on_progress: Callable[[int, int], None] | None = None,
     ranks: Ranks = ALONE,
-    linear: Linear = F.linear,
+    compute_dtype: str = "float32",
 ) -> Checkpoint:
     """`checkpoint` after the transforms `names`, written below `folder`; named like the original.
 
     tokens:  int64 [samples, length] on the device to compute on; some transforms look at the inputs they cause.
     formats: of the artifacts; searches round to the coarsest, which has the most to lose.
-    activations, spin_steps: as in a recipe; `kind` is how the model will run, e.g. with online rotations.
+    activations, spin_steps, compute_dtype: as in a recipe; `kind` is how the model will run, online rotations or not.
     on_progress: called with (done, total) while a transform learns.
     ranks:       of which this is the first; the others `assist`.
-    linear:      multiplies in the forwards that show inputs.
     Raises TransformError where one does not fit the model, or where the result does not compute the same.
     """
     source = checkpoint
@@ -70,11 +68,11 @@ def transformed(
     for number, name in enumerate(names):
         try:
             target = folder / f"{number}-{name}" / checkpoint.folder.name  # the converter names a model by its folder
-            transform = TRANSFORMS[name](Goal(format, seed + number, activations, spin_steps, ranks))
+            transform = TRANSFORMS[name](Goal(format, seed + number, activations, spin_steps, compute_dtype, ranks))
             if transform.learns:
                 transform.learn(whole(kind(source, tokens.device), tokens), on_progress or (lambda done, total: None))
                 give_back()
-            _apply(transform, source, target, tokens, micro_batch, ranks, linear)
+            _apply(transform, source, target, tokens, micro_batch, ranks, linear(compute_dtype))
         except TransformError as error:
             ranks.send(None)
             raise TransformError(f"{name} does not fit {checkpoint.name}: {error}.") from error
@@ -104,8 +102,8 @@ def assist(
     formats: Sequence[str],
     micro_batch: int,
     activations: str,
+    compute_dtype: str,
     ranks: Ranks,
-    linear: Linear,
 ) -> None:
     """The part in `transformed` of every process but the first: some of the sequences and of the searches."""
     source, names = checkpoint, list(names)
@@ -113,7 +111,7 @@ def assist(
         transform = TRANSFORMS[name](Goal(coarsest(formats), 0, activations, ranks=ranks))
         if transform.needs_inputs:
             with contextlib.suppress(TransformError):  # of which the first process tells
-                _apply(transform, source, None, tokens, micro_batch, ranks, linear)
+                _apply(transform, source, None, tokens, micro_batch, ranks, linear(compute_dtype))
         target: Path | None = ranks.receive()
         if target is None or number == len(names):
             return

@@ -314,7 +314,7 @@ def test_a_massive_input_comes_first(name: str) -> None:
     for order, each in settings.items():
         stored = gptq(weight, stats, FORMATS[name], each).weight.dequantize()
         error[order] = float((x @ (stored - weight).T).square().sum())
-    assert error["blocks"] < 0.4 * error["natural"]
+    assert error["blocks"] < 0.7 * error["natural"]
 
 
 def test_an_order_that_splits_blocks_needs_scales_beforehand() -> None:

@@ -266,8 +266,11 @@ def test_equalized_columns_round_better_with_feedback() -> None:
 
 
 @contextmanager
-def rounding(model: LazyModel, format: str, activations: str = "none", seed: int = 0) -> Iterator[Rounded]:
-    rounded = Rounded(whole(model, tokens(model.checkpoint)), Goal(format, seed, activations))
+def rounding(
+    model: LazyModel, format: str, activations: str = "none", seed: int = 0, compute: str = "float32"
+) -> Iterator[Rounded]:
+    goal = Goal(format, seed, activations, compute_dtype=compute)
+    rounded = Rounded(whole(model, tokens(model.checkpoint)), goal)
     yield rounded
     rounded.close()
 
@@ -326,15 +329,17 @@ def test_what_is_learned_from_is_what_evaluate_rounds(
             assert float(rounded.loss(ids, leaves).detach()) != pytest.approx(expected, rel=2e-3)
 
 
-@pytest.mark.parametrize(("family", "format", "activations", "margin"), [
-    ("llama", "INT2", "none", 0.2), ("phi3", "MXFP4", "mxfp4", 0.1), ("mixtral", "INT2", "int4", 0.2),
+@pytest.mark.parametrize(("family", "format", "activations", "margin", "compute"), [
+    ("llama", "INT2", "none", 0.2, "float32"), ("llama", "INT2", "none", 0.2, "bfloat16"),
+    ("phi3", "MXFP4", "mxfp4", 0.1, "float32"), ("mixtral", "INT2", "int4", 0.2, "float32"),
+    ("mixtral", "INT2", "int4", 0.2, "bfloat16"),
 ])  # fmt: skip
 def test_learning_lowers_the_loss_of_the_rounded_model(
-    models: dict[str, Checkpoint], family: str, format: str, activations: str, margin: float
+    models: dict[str, Checkpoint], family: str, format: str, activations: str, margin: float, compute: str
 ) -> None:
     """On fresh scales before and after; and the rotations stay rotations."""
     losses, seen = [], []
-    with rounding(LazyModel(models[family]), format, activations) as rounded:
+    with rounding(LazyModel(models[family]), format, activations, compute=compute) as rounded:
         generator = torch.Generator().manual_seed(0)
         begun = rounded.draw(generator)
         rotations = learned(rounded, begun, 12, generator, lambda done, total: seen.append((done, total)))
@@ -346,6 +351,21 @@ def test_learning_lowers_the_loss_of_the_rounded_model(
     assert seen == [(step, 12) for step in range(1, 13)]
     for rotation in rotations:
         torch.testing.assert_close(rotation @ rotation.T, torch.eye(len(rotation)).double(), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("family", ["llama", "mixtral", "phi3"])
+def test_learning_in_bfloat16_goes_the_same_way(models: dict[str, Checkpoint], family: str) -> None:
+    """Its gradients are float32's but for the eight bits that products keep."""
+    found = []
+    for compute in ("float32", "bfloat16"):
+        with rounding(LazyModel(models[family]), "INT4", compute=compute) as rounded:
+            leaves = floats(rounded.draw(torch.Generator().manual_seed(0)))
+            loss = rounded.loss(rounded.tokens, leaves)
+            found.append((float(loss.detach()), torch.autograd.grad(loss, leaves)))
+    (exact, gradients), (rough, others) = found
+    assert rough == pytest.approx(exact, rel=5e-3) and rough != exact
+    for gradient, other in zip(gradients, others, strict=True):
+        assert F.cosine_similarity(gradient.flatten(), other.flatten(), dim=0) > 0.95
 
 
 def test_cayley_steps_go_downhill_among_rotations() -> None:

@@ -6,7 +6,8 @@ rotations along the orthogonal matrices: Cayley SGD (arXiv 2002.01113) at a rate
 Embedding and head are not rounded; hidden states are rotated instead, where they enter the blocks and leave them.
 
 This is the one transform that holds the whole model, in float32, so its memory grows with depth. Gradients take room
-for one block at a time: its rotated and rounded weights are made anew on the way back.
+for one block at a time: its rotated and rounded weights are made anew on the way back. With `compute_dtype` bfloat16
+its matrix products are in that; rotations and the residual stream stay in float32.
 """
 
 from __future__ import annotations
@@ -75,6 +76,7 @@ class Rounded:
         self._whole = whole
         self._format = goal.format
         self._activations = goal.activations
+        self._bfloat16 = goal.compute_dtype == "bfloat16"
         for anatomy in whole.anatomies:
             fold_gains(anatomy)
         reads = None if goal.activations == "none" else _straight_through(self._read)
@@ -101,14 +103,16 @@ class Rounded:
         in the order of `draw`."""
         stream, values = rotations[0], iter(rotations[1:])
         hidden, arguments = self._whole.enter(tokens)
-        hidden = hidden @ stream
-        for index, anatomy in enumerate(self._whole.anatomies):
-            mine = [next(values) for _ in _heads(anatomy)]
-            hidden = checkpoint(
-                self._run, index, hidden, arguments[index], stream, *mine, use_reentrant=False, preserve_rng_state=False
-            )
-        logits = self._whole.leave(tokens, hidden @ stream.T)
-        return F.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
+        with torch.autocast(hidden.device.type, torch.bfloat16, enabled=self._bfloat16):
+            hidden = (hidden @ stream).float()
+            for index, anatomy in enumerate(self._whole.anatomies):
+                mine = [next(values) for _ in _heads(anatomy)]
+                hidden = checkpoint(
+                    self._run, index, hidden, arguments[index], stream, *mine,
+                    use_reentrant=False, preserve_rng_state=False,
+                )  # fmt: skip
+            logits = self._whole.leave(tokens, (hidden @ stream.T).float())
+        return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), tokens[:, 1:].flatten())
 
     def _run(self, index: int, hidden: Tensor, arguments: dict[str, Any], stream: Tensor, *values: Tensor) -> Tensor:
         module = self._whole.blocks[index]

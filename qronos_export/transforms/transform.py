@@ -17,17 +17,19 @@ from qronos_export.transforms.anatomy import Anatomy
 class Goal:
     """What the weights are changed for.
 
-    format:      of the artifact, which weights will be rounded to: a type's name, a grid's or a mix's.
-    seed:        of whatever is drawn at random.
-    activations: what the run rounds the inputs of matrices to, a name of ACTIVATIONS or none.
-    spin_steps:  how often SpinQuant moves its rotations.
-    ranks:       who else searches on the same inputs.
+    format:        of the artifact, which weights will be rounded to: a type's name, a grid's or a mix's.
+    seed:          of whatever is drawn at random.
+    activations:   what the run rounds the inputs of matrices to, a name of ACTIVATIONS or none.
+    spin_steps:    how often SpinQuant moves its rotations.
+    compute_dtype: what forwards multiply in, float32 or bfloat16.
+    ranks:         who else searches on the same inputs.
     """
 
     format: str
     seed: int
     activations: str = "none"
     spin_steps: int = 100
+    compute_dtype: str = "float32"
     ranks: Ranks = ALONE
 
 
