@@ -9,13 +9,14 @@ import pytest
 import torch
 from gguf import GGUFReader
 
-from qronos_export import folding, pipeline
+from qronos_export import folding, layers, pipeline
 from qronos_export.checkpoint import open_checkpoint
 from qronos_export.errors import TransformError
 from qronos_export.events import Finished
 from qronos_export.llamacpp import LlamaCpp
 from qronos_export.proof import Held
 from qronos_export.recipe import TRANSFORMS, Recipe, recipe_from
+from qronos_export.rounding import magr
 from qronos_export.transformed import PROBE, transformed
 from qronos_export.validation import Reference
 from tests.families import make
@@ -101,6 +102,34 @@ def test_columns_are_equalized_unless_told_otherwise(
     with pytest.raises(TransformError, match="it is odd"):
         finish(replace(recipe, transforms="equalize"), "insisted")
     assert not (tmp_path / "insisted").exists()
+
+
+def test_few_bits_after_rotations_and_magr(
+    llamacpp: LlamaCpp, english: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """llama.cpp runs the files; MagR lowers extremes among those weights that share a scale."""
+    groups: dict[str, set[int]] = {}
+
+    def seen(weight: torch.Tensor, hessian: torch.Tensor, alpha: float, group: int) -> torch.Tensor:
+        lowered = magr(weight, hessian, alpha, group)
+        assert float((lowered - weight).abs().max()) > 0
+        groups.setdefault(str(group), set()).add(weight.shape[1])
+        return lowered
+
+    monkeypatch.setattr(layers, "magr", seen)
+    model = make("llama", tmp_path / "tiny", hidden_size=256, intermediate_size=512)
+    recipe = Recipe(
+        str(model), "Q2_K,TQ2_0,TQ1_0", transforms="hadamard", magr=0.03, calibration=str(english), samples=8,
+        sequence_length=64, device="cpu", pure=True,
+    )  # fmt: skip
+    *_, finished = pipeline.run(recipe, tmp_path / "out", llamacpp=llamacpp, held=Held(english, context=64, chunks=8))
+    assert isinstance(finished, Finished)
+    assert groups == {"16": {256, 512}, "256": {256, 512}, "32": {128}}  # what 256 does not divide is Q4_0
+    by_format = {each.format: each.validation or {} for each in finished.report.artifacts}
+    assert by_format["TQ1_0"]["kl_divergence"] == pytest.approx(by_format["TQ2_0"]["kl_divergence"], rel=0.05)
+    assert by_format["Q2_K"]["kl_divergence"] < by_format["TQ2_0"]["kl_divergence"]
+    blocks = [layer for layer in finished.report.layers if "blk." in layer.tensor]
+    assert blocks and all("MagR moved the outputs" in layer.note for layer in blocks)
 
 
 @pytest.mark.parametrize("source", ["bf16", "gguf", "experts"])

@@ -108,7 +108,8 @@ def _round_rows(
     rounder, note = _fallback(stats, rtn if fmt.is_float else rounder)
     moved = ""
     if settings.magr and stats.tokens and not note and not fmt.is_float:
-        given, weight = weight, magr(weight, stats.hessian, settings.magr, fmt.block_size)
+        under_one_scale = fmt.fit(weight[:1, : fmt.block_size]).group
+        given, weight = weight, magr(weight, stats.hessian, settings.magr, under_one_scale)
         change = weight - given
         share = torch.linalg.vecdot(change @ stats.hessian, change).sum()
         share = share / torch.linalg.vecdot(given @ stats.hessian, given).sum()

@@ -38,8 +38,8 @@ class Recipe:
     output_type, embedding_type: type of the output matrix and of the token embedding; None leaves them to llama.cpp.
     pure:             one type for all tensors instead of llama.cpp's mix.
     transforms:       done to the weights before, in this order, comma separated: hadamard, hadamard-r2, spinquant,
-                      smoothquant, awq, aqas, equalize, permute; none, or auto: equalize where something is calibrated
-                      and it fits.
+                      smoothquant, awq, aqas, equalize, permute; none, or auto: equalize where something is calibrated,
+                      it fits and no rotation is done online.
     spin_steps:       how often spinquant moves its rotations.
     activations:      what the quantized stream rounds the inputs of its matrices to: none, llama.cpp (for each matrix
                       what its CPU kernel for the type does), q8_0 or q8_k for all alike, or for `evaluate` alone int8,
@@ -54,8 +54,8 @@ class Recipe:
     shrinkage:        β in V = W + βW(G − H)(H + ρI)⁻¹: how far the measured mismatch of the two streams is trusted.
     ridge:            ρ / mean(diag H) there; null for ρ = λ, as the paper has it.
     magr:             MagR's α: how much of the weights' extremes is given up before they are rounded; 0 is none.
-    held_out:         share of the sequences, one in 2, 3, 4, …, on which λ, ρ and β are chosen for every group of
-                      layers, beginning with `damping` and `ridge`; 0 takes them as they are.
+    held_out:         share of the sequences, one in 2, 3, 4, …, on which λ, and for qronos ρ and β, are chosen for each
+                      group of layers, beginning with `damping` and `ridge`; 0 takes them as they are.
     stochastic:       codes are drawn from the two neighbours of a weight, seeded, instead of the nearest.
     refine:           rounds of new scales and coordinate descent on the codes after error diffusion.
     order:            natural, descending (by diag H, scales fixed beforehand), blocks: blocks with heavy inputs
@@ -122,8 +122,15 @@ class Recipe:
             raise UsageError("accuracy_level is for artifacts onnx and onnx-js; leave it out, or add one of them.")
         _one_of("method", self.method, METHODS)
         if self.transforms not in ("none", "auto"):
-            for name in self.transform_names:
+            names = self.transform_names
+            if "magr" in names:
+                raise UsageError("magr is no transform of a whole model but a setting of its own: --magr 0.01, say.")
+            for name in names:
                 _one_of("transforms", name, TRANSFORMS)
+            if len(set(names)) < len(names) or {"hadamard", "spinquant"} <= set(names):
+                raise UsageError(
+                    f"transforms is {self.transforms!r}; expected each once, and hadamard or spinquant: one rotation."
+                )
         _one_of("activations", self.activations, ACTIVATIONS)
         for name in self.online_names:
             _one_of("online", name, ONLINE)
@@ -211,7 +218,7 @@ class Recipe:
     def transform_names(self) -> list[str]:
         """What `transforms` comes to."""
         if self.transforms == "auto":
-            return [] if self.method == "rtn" else ["equalize"]
+            return [] if self.method == "rtn" or {"r4", "quip"} & set(self.online_names) else ["equalize"]
         return [] if self.transforms == "none" else [name.strip() for name in self.transforms.split(",")]
 
     def to_json(self) -> dict[str, Any]:

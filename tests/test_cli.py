@@ -185,6 +185,9 @@ def test_debug_shows_the_traceback_wherever_it_stands(arguments: list[str]) -> N
         ({"online": "r4,quip"}, "expected each once, and r4 or quip"),
         ({"online": "r5"}, "online is 'r5'; expected one of r3, r4, quip"),
         ({"transforms": "spinquant", "online": "quip"}, "quip rotates what spinquant"),
+        ({"transforms": "spinquant,hadamard"}, "expected each once, and hadamard or spinquant"),
+        ({"transforms": "equalize,equalize"}, "expected each once"),
+        ({"transforms": "hadamard,magr"}, "a setting of its own: --magr 0.01"),
         ({"transforms": "spinquant", "spin_steps": 0}, "spin_steps is 0; expected at least 1"),
         ({"transforms": "spinquant", "sequence_length": 1}, "sequences of sequence_length 1 have none"),
         ({"overrides": {"blk.*": 4}}, r"overrides is {'blk.\*': 4}; expected dict"),
@@ -221,8 +224,10 @@ def test_shipped_recipes_are_recipes(tmp_path: Path, monkeypatch: pytest.MonkeyP
             assert text.startswith("# For `evaluate`") == (
                 fmt[:4] in ("INT4", "UINT", "TERN") or "activations:" in text
             )
-    assert {"q4_0", "q4_k_m", "mxfp4", "w2-hadamard-magr", "w4a4-int-quarot"} <= shipped().keys()
+    assert {"q4_0", "q4_k_m", "mxfp4", "w2-hadamard-magr", "w4a4-int-quarot", "w4a4-spinquant"} <= shipped().keys()
     assert load_recipe("w4a4-mxfp4-spinquant", model="demo").transform_names == ["spinquant"]
+    assert Recipe("demo", online="r3", kv_cache={"k": "q8_0"}).transform_names == ["equalize"]
+    assert Recipe("demo", online="r4").transform_names == []  # whose inputs no search has seen
     with pytest.raises(UsageError, match=r"no recipe q4_9: no such file, nor one of .*q4_0"):
         load_recipe("q4_9", model="demo")
     monkeypatch.chdir(tmp_path)

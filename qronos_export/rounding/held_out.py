@@ -3,7 +3,7 @@
 For a ρ, the projection moves the weights by β·S, S = W(G − H)(H + ρI)⁻¹ on the moments of the other tokens, and on
 held-out moments H', G' the output error ‖XWᵀ − X̂(W + βS)ᵀ‖² is least at β = ⟨W(G' − H'), S⟩ / ⟨SH', S⟩. Then some of
 the rows are rounded with a λ, and their output error on the held-out tokens tells. Both searches begin with what is
-given and go by half powers of ten, up or down, while that is better.
+given and go by half powers of ten, up or down, while that is better. Rows that attention couples are tried one-sided.
 """
 
 from __future__ import annotations
