@@ -51,6 +51,24 @@ def test_types_and_sizes_are_what_is_written(
 
 
 @pytest.mark.parametrize(
+    ("format", "artifact", "bits"),
+    [("INT4_G64", "onnx", 4.25), ("TERNARY", "onnx-plain", 2.25), ("MXINT8", "onnx-mx", 8.25)],
+)
+def test_types_that_gguf_lacks(format: str, artifact: str, bits: float, llamacpp: LlamaCpp, tmp_path: Path) -> None:
+    """There is no file to predict, but what its blocks take, and all the rest."""
+    recipe = Recipe(
+        str(make("llama", tmp_path / "tiny")), format, artifact=artifact, method="gptq", pure=True, samples=4,
+        sequence_length=32,
+    )  # fmt: skip
+    (said,) = (found := forecast(recipe, llamacpp)).files
+    assert said.name == "tiny-" + format + ", its blocks"
+    assert set(said.types.values()) == {format, "F32"}
+    assert said.bits_per_weight == pytest.approx(bits, rel=0.05)
+    assert found.seconds["rounding"] > 0 and found.peak_memory_bytes > said.bytes
+    assert any("ONNX" in note for note in found.notes)
+
+
+@pytest.mark.parametrize(
     ("config", "samples", "offload"),
     [
         ({"hidden_size": 1024, "intermediate_size": 2048, "num_hidden_layers": 1}, (4, 64), "none"),  # weights

@@ -228,6 +228,21 @@ def test_formats_of_one_run_are_those_of_runs_alone(
         ({"overrides": {"blk.*.attn_z.weight": "Q8_0"}}, UsageError, "fits no tensor of .*blk.0.ffn_down.weight"),
         ({"overrides": {"blk.*": "Q9_0"}}, UsageError, "there is no type Q9_0; known are .*Q8_0"),
         ({"output_type": "Q6_K"}, PlanError, "output.weight cannot be Q6_K: its rows of 64 weights do not divide"),
+        (
+            {"output_type": "Q8_0", "pure": True, "model": "tied"},
+            PlanError,
+            "--output-type Q8_0 would change nothing of Q4_0: .*token_embd.weight Q4_0. It is the output matrix, too",
+        ),
+        (
+            {"format": "MXFP4", "output_type": "MXFP4", "pure": True, "model": "tied"},
+            PlanError,
+            "--output-type MXFP4 would change nothing of MXFP4",
+        ),
+        (
+            {"output_type": "Q8_0", "embedding_type": "Q5_0", "model": "tied"},
+            PlanError,
+            "--output-type Q8_0 would change nothing of Q4_0: llama.cpp makes token_embd.weight Q5_0",
+        ),
     ],
 )
 def test_what_cannot_be_is_refused_before_anything_is_written(

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from fnmatch import fnmatchcase
 
 from qronos_export.artifact.gguf import GGUFFile
-from qronos_export.errors import UsageError
+from qronos_export.errors import PlanError, UsageError
 from qronos_export.llamacpp import LlamaCpp
 from qronos_export.plan import CARRIERS, FOREIGN, Mix, check_overrides, is_foreign, mix, type_patterns
 from qronos_export.recipe import Recipe
@@ -27,7 +27,23 @@ def choose_types(source: GGUFFile, name: str, recipe: Recipe, llamacpp: LlamaCpp
         raise UsageError(f"--format {name} is no type; see `qronos-export formats`.")
     chosen = mix(source, name, number, planned.types, planned.substitutes, wishes(source, recipe))
     check_overrides(chosen, recipe.overrides)
+    _check_ends(chosen, source, recipe)
     return chosen
+
+
+def _check_ends(mix: Mix, source: GGUFFile, recipe: Recipe) -> None:
+    """Raises PlanError for a type of output matrix or embedding that llama.cpp does not give it."""
+    tied = "output.weight" not in source.tensors
+    for option, tensor, kind in (
+        ("--output-type", "token_embd.weight" if tied else "output.weight", recipe.output_type),
+        ("--embedding-type", "token_embd.weight", recipe.embedding_type),
+    ):
+        if kind is None or tensor in mix.substitutes or mix.types[tensor] == kind.upper():
+            continue
+        raise PlanError(
+            f"{option} {kind} would change nothing of {mix.name}: llama.cpp makes {tensor} {mix.types[tensor]}. "
+            + ("It is the output matrix, too; name its type by --embedding-type alone." if tied else "Leave it out.")
+        )
 
 
 def wishes(source: GGUFFile, recipe: Recipe) -> Callable[[str], bool]:

@@ -27,7 +27,7 @@ from qronos_export.device import pick_device
 from qronos_export.llamacpp import LlamaCpp
 from qronos_export.memory import give_back, resident_memory
 from qronos_export.output import Output
-from qronos_export.plan import Mix
+from qronos_export.plan import Mix, is_foreign
 from qronos_export.preconditions import check_recipe
 from qronos_export.proof import float_type
 from qronos_export.provenance import file_facts, model_facts
@@ -42,7 +42,8 @@ from qronos_export.workspace import float_bytes
 
 @dataclass(frozen=True)
 class File:
-    """A GGUF file of the run: its types, its size to the byte, and what was not stored as wished."""
+    """A GGUF file of the run: its types, its size to the byte, and what was not stored as wished. Of a type that GGUF
+    lacks its blocks alone."""
 
     name: str
     format: str
@@ -142,24 +143,31 @@ def _hollow_file(checkpoint: Checkpoint, recipe: Recipe, llamacpp: LlamaCpp, fol
 def _file(
     checkpoint: Checkpoint, source: GGUFFile, mix: Mix, scratch: Path, recipe: Recipe, device: torch.device
 ) -> File:
-    facts = file_facts(
-        source,
-        {**replayable(recipe, checkpoint, device).to_json(), "transforms": ",".join(recipe.transform_names) or "none"},
-        mix.name,
-        model_facts(checkpoint, source)[0],
-        {"sha256": 64 * "0", "tokens": recipe.samples * recipe.sequence_length}  # a hash like any other
-        if recipe.method != "rtn" or need_inputs(recipe.transform_names)
-        else None,
-    )
-    formats = _formats(source, mix)
     weights = sum(tensor.rows * tensor.columns for tensor in source.tensors.values())
+    stored = Output(mix, None, scratch).bytes(source)  # type: ignore[arg-type]  # nothing is stored
+    name, size = f"{checkpoint.name}-{mix.name}, its blocks", stored
+    if not any(map(is_foreign, mix.types.values())):
+        facts = file_facts(
+            source,
+            {
+                **replayable(recipe, checkpoint, device).to_json(),
+                "transforms": ",".join(recipe.transform_names) or "none",
+            },
+            mix.name,
+            model_facts(checkpoint, source)[0],
+            {"sha256": 64 * "0", "tokens": recipe.samples * recipe.sequence_length}  # a hash like any other
+            if recipe.method != "rtn" or need_inputs(recipe.transform_names)
+            else None,
+        )
+        name = f"{checkpoint.name}-{mix.name}.gguf"
+        size = written_bytes(source, _formats(source, mix), mix.file_type, scratch, facts)
     return File(
-        f"{checkpoint.name}-{mix.name}.gguf",
+        name,
         mix.name,
-        written_bytes(source, formats, mix.file_type, scratch, facts),
-        8 * Output(mix, None, scratch).bytes(source) / weights,  # type: ignore[arg-type]  # nothing is stored
+        size,
+        8 * stored / weights,
         dict(mix.types),
-        [{"tensor": name, "wanted": wanted, "type": mix.types[name]} for name, wanted in mix.substitutes.items()],
+        [{"tensor": tensor, "wanted": wanted, "type": mix.types[tensor]} for tensor, wanted in mix.substitutes.items()],
     )
 
 

@@ -1,7 +1,7 @@
 """Which tensor of the artifact gets which format, from which rows of which weight.
 
 llama.cpp itself decides the types: `llama-quantize --dry-run` on the float file, with the user's overrides. So mixes,
-tied embeddings and substitutes for rows that a block does not divide are upstream's, and the artifact is as large as
+tied embeddings and substitutes for rows that a block does not divide are upstream's, and the tensors are as large as
 `llama-quantize`'s to the byte.
 """
 

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from formats import BlockFormat
+from formats import BlockFormat, find_format
 from qronos_export.artifact.gguf import StoredTensor, Target
 from qronos_export.calibration import Group, Matrix
 from qronos_export.layers import round_group
@@ -29,7 +29,7 @@ from qronos_export.statistics import LayerStats
 from qronos_export.transforms import TRANSFORMS, Goal, InputStats
 from qronos_export.transforms.scaling import Scaling
 
-_SIDES = (256, 512)  # columns of the matrices tried; every block size divides them
+_SIDES = (256, 512)  # columns of the matrices tried; every block size but those of grids divides them
 _WIDEST = 8  # rows to a column tried at most; more rows take what these do in proportion
 _SQUARE = 1024  # side of the products measured
 
@@ -149,6 +149,8 @@ class Rehearsal:
         )
 
     def _tried(self, fmt: BlockFormat, rows: int, columns: int) -> Cost:
+        if columns % fmt.block_size:  # one of the grids: with one scale for a row
+            fmt = find_format(fmt.name.partition("_G")[0], columns)
         generator = torch.Generator().manual_seed(0)
         x = torch.randn(2 * columns, columns, generator=generator).to(self._device)
         stats = LayerStats(columns, self._device)

@@ -118,6 +118,7 @@ def test_formats_lists_every_format() -> None:
         ["validate"],
         ["frobnicate"],
         ["quantize", "demo", "--output", "x", "--override", "Q8_0"],
+        ["quantize", "demo", "--output", "x", "--override", "blk.*=Q8_0", "--override", "blk.*=Q5_0"],
         ["quantize", "demo", "--output", "x", "--context", "2"],
         ["quantize", "demo", "--output", "x", "--chunks", "0"],
         ["validate", "absent.gguf", "--reference", "demo"],

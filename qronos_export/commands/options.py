@@ -94,7 +94,9 @@ def recipe_of(arguments: Mapping[str, Any]) -> Recipe:
     given = dict(setting_of(each) for each in arguments["settings"] or [])
     given |= {name: value for name, value in arguments.items() if name in RECIPE_FIELDS and value is not None}
     if arguments["override"]:
-        given["overrides"] = dict(override_of(each) for each in arguments["override"])
+        given["overrides"] = overrides = dict(override_of(each) for each in arguments["override"])
+        if len(overrides) < len(arguments["override"]):
+            raise UsageError("--override names a glob twice; the first type that fits a tensor counts.")
     recipe = arguments["recipe"]
     return load_recipe(recipe, **given) if recipe else recipe_from(given, "The command line")
 
