@@ -24,36 +24,77 @@ _TRIES = (
 
 
 @dataclass(frozen=True)
-class Moments:
-    """What least squares needs to know of weights x with importance w and codes q: a few sums per group, [groups]."""
+class Weighed:
+    """Weights [size, groups] with their `importance`, and sums w = Σ importance and wx = Σ importance·x.
 
+    All of x is less `origin`, the weight of most importance: where one counts far more than all others, as a massive
+    activation's does, sums of squares would leave nothing of these in float32.
+    """
+
+    x: Tensor
+    importance: Tensor
+    origin: Tensor
     w: Tensor
     wx: Tensor
+
+    @staticmethod
+    def of(x: Tensor, importance: Tensor) -> Weighed:
+        origin = x.gather(0, importance.argmax(0, keepdim=True))
+        x = x - origin
+        return Weighed(x, importance, origin[0], importance.sum(0), (x * importance).sum(0))
+
+    def moments(self, scale: Tensor, offset: Tensor, high: int) -> Moments:
+        """With the codes 0 … `high` nearest under `scale` and `offset` [groups]."""
+        inverse, offset = reciprocal(scale), offset - self.origin
+        code = Integers(0, high).snap(-offset * inverse)
+        return Moments(self, code, *code_sums(self.x, self.importance, Integers(0, high), inverse, offset, code))
+
+
+@dataclass(frozen=True)
+class Moments:
+    """What least squares needs to know of weights and codes: a few sums per group, [groups]. All of q is less `code`,
+    that of the weight of most importance."""
+
+    of: Weighed
+    code: Tensor
     wq: Tensor
     wqx: Tensor
     wqq: Tensor
 
-    @staticmethod
-    def of(x: Tensor, importance: Tensor, scale: Tensor, offset: Tensor, high: int) -> Moments:
-        """For the codes 0 … `high` nearest under `scale` and `offset` [groups]; `x` [size, groups]."""
-        wq, wqx, wqq = code_sums(x, importance, Integers(0, high), reciprocal(scale), offset)
-        return Moments(importance.sum(0), (x * importance).sum(0), wq, wqx, wqq)
-
     def gain(self, scale: Tensor, offset: Tensor) -> Tensor:
-        """Σ w·x² − Σ w·(x − scale·q − offset)²: how much of the weights' power these values explain."""
-        explained = scale * self.wqx + offset * self.wx
-        return 2 * explained - (scale.square() * self.wqq + 2 * scale * offset * self.wq + offset.square() * self.w)
+        """How much less Σ w·(x − scale·q − offset)² is than if all were as the weight of most importance."""
+        offset = offset - self.of.origin + scale * self.code
+        explained = scale * self.wqx + offset * self.of.wx
+        return 2 * explained - (scale.square() * self.wqq + 2 * scale * offset * self.wq + offset.square() * self.of.w)
 
     def solve(self, below_zero: bool) -> tuple[Tensor, Tensor]:
         """The best real scale and offset; `below_zero` keeps the offset ≤ 0. NaN where the sums do not decide."""
-        determinant = self.wqq * self.w - self.wq.square()
-        scale = (self.wqx * self.w - self.wq * self.wx) / determinant
-        offset = (self.wx - scale * self.wq) / self.w
+        w, wx = self.of.w, self.of.wx
+        determinant = self.wqq * w - self.wq.square()
+        scale = (self.wqx * w - self.wq * wx) / determinant
+        offset = self.offset(scale)
         if below_zero:
             above = offset > 0
-            scale = torch.where(above, self.wqx / self.wqq, scale)
+            scale = torch.where(above, self.scale(torch.zeros_like(scale)), scale)
             offset = torch.where(above, 0.0, offset)
         return scale, offset
+
+    def offset(self, scale: Tensor) -> Tensor:
+        """The best for a given scale."""
+        return (self.of.wx - scale * self.wq) / self.of.w - scale * self.code + self.of.origin
+
+    def scale(self, zero: Tensor) -> Tensor:
+        """The best where code `zero` stands for nothing: that of scale · (q − zero)."""
+        code, origin, w, wx = self.code - zero, self.of.origin, self.of.w, self.of.wx
+        along = self.wqx + origin * self.wq + code * (wx + origin * w)
+        return along / (self.wqq + 2 * code * self.wq + code.square() * w)
+
+    def sums(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Σ w, Σ w·x, Σ w·q, Σ w·q·x and Σ w·q² of the weights and codes themselves."""
+        code, origin, w, wx = self.code, self.of.origin, self.of.w, self.of.wx
+        along = self.wqx + origin * self.wq + code * (wx + origin * w)
+        power = self.wqq + 2 * code * self.wq + code.square() * w
+        return w, wx + origin * w, self.wq + code * w, along, power
 
 
 def search_affine(x: Tensor, importance: Tensor, high: int, below_zero: bool) -> tuple[Tensor, Tensor]:
@@ -73,11 +114,11 @@ def search_affine(x: Tensor, importance: Tensor, high: int, below_zero: bool) ->
     unit = span / high
     chosen, shift = unit, low
     gain = torch.full_like(low, -torch.inf)
-    w, wx = importance.sum(0), (x * importance).sum(0)
+    weighed = Weighed.of(x, importance)
 
     def try_on(scale: Tensor, offset: Tensor) -> None:
         nonlocal chosen, shift, gain
-        known = Moments(w, wx, *code_sums(x, importance, Integers(0, high), reciprocal(scale), offset))
+        known = weighed.moments(scale, offset, high)
         scale, offset = known.solve(below_zero)
         reached = known.gain(scale, offset)
         better = (reached > gain) & (scale > 0) & torch.isfinite(offset)
@@ -104,8 +145,7 @@ def best_half_affine(weights: Tensor, importance: Tensor, high: int) -> tuple[Te
         scale, offset = search_affine(x, imp, high, below_zero=False)
         scale = to_half(scale)
         # With the scale as stored, the offset has to follow.
-        known = Moments.of(x, imp, scale, offset, high)
-        follow = (known.wx - scale * known.wq) / known.w
+        follow = Weighed.of(x, imp).moments(scale, offset, high).offset(scale)
         for candidate in (to_half(offset), to_half(torch.where(torch.isfinite(follow), follow, offset))):
             errors = weighted_error(x, imp, scale, levels, candidate)
             better = errors < error

@@ -16,7 +16,7 @@ from typing import final
 import torch
 from torch import Tensor
 
-from formats.affine_search import Moments, search_affine
+from formats.affine_search import Weighed, search_affine
 from formats.bits import pack_stream, unpack_stream
 from formats.block import (
     BlockFormat,
@@ -76,6 +76,7 @@ class IntegerGrid(BlockFormat):
         middle = 2 ** (self.bits - 1)
         even = search_scale(x, imp, Integers(-middle, middle - 1), _reach(2.0 ** (self.bits - 1)), (0.5, 0.25))
         best_s = best_z = error = torch.full_like(low, torch.inf)
+        weighed = Weighed.of(x, imp)
         for s, lowest in (((top - low) / high, low), (found, offset), (even, -middle * even)):
             s = to_half(s)
             for _ in range(2):
@@ -84,8 +85,7 @@ class IntegerGrid(BlockFormat):
                 better = errors < error
                 best_s, best_z = torch.where(better, s, best_s), torch.where(better, z, best_z)
                 error = torch.where(better, errors, error)
-                known = Moments.of(x, imp, s, -z * s, high)
-                fresh = (known.wqx - z * known.wx) / (known.wqq - 2 * z * known.wq + z.square() * known.w)
+                fresh = weighed.moments(s, -z * s, high).scale(z)
                 s = to_half(torch.where(torch.isfinite(fresh), fresh, s))
                 lowest = -z * s
         found = torch.isfinite(best_s)

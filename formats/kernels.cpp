@@ -144,10 +144,13 @@ template <class V> struct Moments {
     V wq{}, wqx{}, wqq{};
 };
 
-template <class V, class L> static Moments<V> moments(const Weights &of, const L &levels, V inverse, V offset) {
+// Of weights less `origin`, and codes less `code`.
+template <class V, class L>
+static Moments<V> moments(const Weights &of, const L &levels, V inverse, V offset, V code = V{}, V origin = V{}) {
     Moments<V> sums;
     for (long i = 0; i < of.size; i++) {
-        const V x = of.value<V>(i), q = levels.nearest((x - offset) * inverse), wq = of.weight<V>(i) * q;
+        const V x = of.value<V>(i) - origin, q = levels.nearest((x - offset) * inverse) - code;
+        const V wq = of.weight<V>(i) * q;
         sums.wq += wq;
         sums.wqx += wq * x;
         sums.wqq += wq * q;
@@ -241,29 +244,36 @@ static V best_stored(const Weights &of, const L &levels, const float *reach, lon
 template <class V>
 static void search_two(const Weights &of, float high, bool below_zero, const float *tries, long count, V &scale,
                           V &offset) {
-    V low = of.value<V>(0), top = low, w{}, wx{};
-    for (long i = 0; i < of.size; i++) {
+    V low = of.value<V>(0), top = low, origin = low, most = of.weight<V>(0), w{}, wx{};
+    for (long i = 1; i < of.size; i++) {
         const V x = of.value<V>(i), weight = of.weight<V>(i);
         low = x < low ? x : low;
         top = x > top ? x : top;
-        w += weight;
-        wx += weight * x;
+        origin = weight > most ? x : origin;
+        most = weight > most ? weight : most;
     }
+    for (long i = 0; i < of.size; i++) {
+        w += of.weight<V>(i);
+        wx += of.weight<V>(i) * (of.value<V>(i) - origin);
+    }
+    const Integers levels{0.0f, high};
     if (below_zero) low = low < V{} ? low : V{}, top = top > V{} ? top : V{};
     const V span = top - low;
     V gain = V{} - std::numeric_limits<float>::infinity();
     scale = span / high, offset = low;
     auto try_on = [&](V step, V shift) {
-        const Moments<V> sums = moments(of, Integers{0.0f, high}, finite_or(1.0f / step, V{}), shift);
+        const V inverse = finite_or(1.0f / step, V{}), code = levels.nearest((origin - shift) * inverse);
+        const Moments<V> sums = moments(of, levels, inverse, shift - origin, code, origin);
         step = (sums.wqx * w - sums.wq * wx) / (sums.wqq * w - sums.wq * sums.wq);
-        shift = (wx - step * sums.wq) / w;
+        shift = (wx - step * sums.wq) / w - step * code + origin;
         if (below_zero) {
-            step = shift > V{} ? sums.wqx / sums.wqq : step;
+            const V along = sums.wqx + origin * sums.wq + code * (wx + origin * w);
+            const V power = sums.wqq + 2.0f * code * sums.wq + code * code * w;
+            step = shift > V{} ? along / power : step;
             shift = shift > V{} ? V{} : shift;
         }
-        const V explained = step * sums.wqx + shift * wx;
-        const V reached =
-            2.0f * explained - (step * step * sums.wqq + 2.0f * step * shift * sums.wq + shift * shift * w);
+        const V off = shift - origin + step * code, explained = step * sums.wqx + off * wx;
+        const V reached = 2.0f * explained - (step * step * sums.wqq + 2.0f * step * off * sums.wq + off * off * w);
         const auto better = (reached > gain) & (step > V{}) & (shift - shift == V{});
         scale = better ? step : scale;
         offset = better ? shift : offset;
@@ -327,7 +337,7 @@ template <class F> static void with_levels(const float *table, float low, float 
 // Where `scales` are given, `sums` are errors [groups], else moments [3, groups].
 extern "C" void group_sums(long size, long groups, const float *x, const float *importance, const float *table,
                            float low, float high, float per_unit, const float *inverse, const float *offset,
-                           const float *scales, float *sums) {
+                           const float *origin, const float *scales, float *sums) {
     with_levels(table, low, high, per_unit, [&](auto levels) {
         over_groups(groups, [&](auto zero, long first) {
             using V = decltype(zero);
@@ -337,7 +347,7 @@ extern "C" void group_sums(long size, long groups, const float *x, const float *
                 store(sums + first, squared_error(of, levels, factor, shift, load<V>(scales + first)));
                 return;
             }
-            const Moments<V> found = moments(of, levels, factor, shift);
+            const Moments<V> found = moments(of, levels, factor, shift, origin ? load<V>(origin + first) : V{});
             store(sums + first, found.wq);
             store(sums + groups + first, found.wqx);
             store(sums + 2 * groups + first, found.wqq);

@@ -18,17 +18,24 @@ from formats.compiled import library
 
 
 def group_sums(
-    x: Tensor, importance: Tensor, levels: Levels, inverse: Tensor, offset: Tensor | None, scale: Tensor | None = None
+    x: Tensor,
+    importance: Tensor,
+    levels: Levels,
+    inverse: Tensor,
+    offset: Tensor | None,
+    scale: Tensor | None = None,
+    origin: Tensor | None = None,
 ) -> Tensor | None:
-    """Σ w·q, Σ w·q·x and Σ w·q²: [3, groups]; with a `scale` Σ w·(scale·q + offset − x)²: [1, groups]. All else is
-    [groups]."""
+    """Σ w·q, Σ w·q·x and Σ w·q², all of q less `origin`: [3, groups]; with a `scale` Σ w·(scale·q + offset − x)²:
+    [1, groups]. All else is [groups]."""
     offset = torch.zeros_like(inverse) if offset is None else offset
     scales = inverse.new_empty(0) if scale is None else scale
     if (lib := _library(x, importance, inverse, offset, scales)) is None or (line := _line(levels)) is None:
         return None
     x, importance, inverse, offset, scales = (t.contiguous() for t in (x, importance, inverse, offset, scales))
     found = x.new_empty(3 if scale is None else 1, x.shape[1])
-    lib.group_sums(*_weights(x, importance), *line, *map(_at, (inverse, offset, scales, found)))
+    origin = None if origin is None else origin.contiguous()
+    lib.group_sums(*_weights(x, importance), *line, _at(inverse), _at(offset), _maybe(origin), _at(scales), _at(found))
     return found
 
 

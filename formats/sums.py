@@ -13,13 +13,20 @@ from formats.block import Levels, reciprocal
 
 
 def code_sums(
-    x: Tensor, importance: Tensor, levels: Levels, inverse: Tensor, offset: Tensor | None = None
+    x: Tensor,
+    importance: Tensor,
+    levels: Levels,
+    inverse: Tensor,
+    offset: Tensor | None = None,
+    origin: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Σ w·q, Σ w·q·x and Σ w·q²."""
-    compiled = native.group_sums(x, importance, levels, inverse, offset)
+    """Σ w·q, Σ w·q·x and Σ w·q², all of q less `origin`."""
+    compiled = native.group_sums(x, importance, levels, inverse, offset, origin=origin)
     if compiled is not None:
         return compiled[0], compiled[1], compiled[2]
     codes = levels.snap(x * inverse if offset is None else (x - offset).mul_(inverse))
+    if origin is not None:
+        codes -= origin
     weighted = codes * importance
     return weighted.sum(0), (weighted * x).sum(0), weighted.mul_(codes).sum(0)
 

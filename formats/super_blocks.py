@@ -12,12 +12,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from formats.affine_search import Moments, search_affine
+from formats.affine_search import Moments, Weighed, search_affine
 from formats.block import Codebook, Integers, Levels, reciprocal
 from formats.scale_search import in_chunks, search_scale, to_half
 from formats.sums import code_sums, weighted_error
 
 _ROUNDS = 2
+_BESIDE = (1, -1, 2)  # integers tried next to the one below the best real scale
+_FURTHER = (*_BESIDE, -2, 3, -3, 4)  # last: where few weights count, the right pair of scale and minimum lies further off
 
 State = tuple[Tensor, ...]
 
@@ -103,7 +105,8 @@ def fit_scales_and_mins(
 
     def search(x: Tensor, imp: Tensor) -> tuple[Tensor, ...]:
         scale, offset = search_affine(x, imp, high, below_zero=True)
-        moments = Moments.of(x, imp, scale, offset, high)
+        weighed = Weighed.of(x, imp)
+        moments = weighed.moments(scale, offset, high)
         scale, least = scale.view(-1, subs), -offset.view(-1, subs)
         largest, deepest = scale.amax(1, keepdim=True), least.amax(1, keepdim=True)
         d, dmin = to_half(largest / top), to_half(deepest / top)
@@ -113,13 +116,13 @@ def fit_scales_and_mins(
             d = to_half(largest / (share * top))
             state = (d, dmin, *_integers(moments, scale, d, dmin, top))
             best, error = _better(best, error, state, _affine_error(x, imp, high, state))
-        for _ in range(_ROUNDS):
+        for steps in (_BESIDE, _FURTHER):  # a round each
             d, dmin, sc, m = best
-            moments = Moments.of(x, imp, (d * sc).view(-1), (-dmin * m).view(-1), high)
+            moments = weighed.moments((d * sc).view(-1), (-dmin * m).view(-1), high)
             d, dmin = _least_squares(moments, d, dmin, sc, m)
             real, _ = moments.solve(below_zero=True)
             real = torch.where(torch.isfinite(real), real, (d * sc).view(-1)).view(-1, subs)
-            state = (d, dmin, *_integers(moments, real, d, dmin, top))
+            state = (d, dmin, *_integers(moments, real, d, dmin, top, steps))
             best, error = _better(best, error, state, _affine_error(x, imp, high, state))
         d, dmin, sc, m = best
         return d[:, 0], dmin[:, 0], sc, m
@@ -134,31 +137,29 @@ def _affine_error(x: Tensor, importance: Tensor, high: int, state: State) -> Ten
     return errors.view(sc.shape).sum(1, keepdim=True)
 
 
-def _integers(moments: Moments, scale: Tensor, d: Tensor, dmin: Tensor, top: int) -> State:
-    """The best pair (sc, m) of every sub-block for its codes: sc beside `scale`/d, and for each the m that follows.
+def _integers(
+    moments: Moments, scale: Tensor, d: Tensor, dmin: Tensor, top: int, steps: Sequence[int] = _BESIDE
+) -> State:
+    """The best pair (sc, m) of every sub-block for its codes: sc `steps` from ⌊scale/d⌋, and for each the m that follows.
 
     Rounding them apart would ignore that they stand in for each other: all codes are positive.
     """
-    w, wx, wq = (part.view(scale.shape) for part in (moments.w, moments.wx, moments.wq))
-    below = (scale * reciprocal(d)).floor_()
-    per_min = reciprocal(dmin * w)
+    below, per_min = (scale * reciprocal(d)).floor_(), reciprocal(dmin)
 
     def pair(step: int) -> tuple[State, Tensor]:
         sc = (below + step).clamp(0, top)
-        m = ((d * sc * wq - wx) * per_min).round_().clamp_(0, top)
+        m = (-moments.offset((d * sc).view(-1)).view(scale.shape) * per_min).round_().clamp_(0, top)
         return (sc, m), -moments.gain((d * sc).view(-1), (-dmin * m).view(-1)).view(scale.shape)
 
     best, error = pair(0)
-    for step in (1, -1, 2):
+    for step in steps:
         best, error = _better(best, error, *pair(step))
     return best
 
 
 def _least_squares(moments: Moments, d: Tensor, dmin: Tensor, sc: Tensor, m: Tensor) -> tuple[Tensor, Tensor]:
     """fp16 d and dmin that suit all sub-blocks best, given integers and codes; the old ones where that is undecided."""
-    w, wx, wq, wqx, wqq = (
-        part.view(sc.shape) for part in (moments.w, moments.wx, moments.wq, moments.wqx, moments.wqq)
-    )
+    w, wx, wq, wqx, wqq = (part.view(sc.shape) for part in moments.sums())
     a, b, c = ((t).sum(1, keepdim=True) for t in (sc.square() * wqq, sc * m * wq, m.square() * w))
     p, q = ((t).sum(1, keepdim=True) for t in (sc * wqx, m * wx))
     determinant = a * c - b.square()
@@ -194,8 +195,8 @@ def refit_scale_and_min(
 ) -> State:
     """A better sc, m for groups `x` [size, groups] under given d and dmin, or the old ones; all others are [groups]."""
     scale, offset = search_affine(x, importance, high, below_zero=True)
-    moments = Moments.of(x, importance, scale, offset, high)
-    fresh_sc, fresh_m = _integers(moments, scale, d, dmin, top)
+    moments = Weighed.of(x, importance).moments(scale, offset, high)
+    fresh_sc, fresh_m = _integers(moments, scale, d, dmin, top, _FURTHER)
     levels = Integers(0, high)
     best, _ = _better(
         (sc, m),

@@ -157,20 +157,23 @@ CLEARLY = {  # the goal of a search that libggml does not make; bounds just abov
 KINDS = [
     *product(["gaussian", "laplace", "student", "real", "four bits already", "outliers"], ["alike", "uneven"]),
     *product(["gaussian", "real"], ["one", "two", "five"]),
+    *product(["gaussian", "student", "real"], ["massive"]),
 ]
+MUCH = {"one": (1, 1e4), "two": (2, 1e4), "five": (5, 1e4), "massive": (3, 1e6)}
 
 
 @pytest.mark.parametrize("fmt", BLOCKS, ids=repr)
 @pytest.mark.parametrize(("kind", "weighted"), KINDS)
 def test_fit_is_never_worse_than_libggml(fmt: BlockFormat, kind: str, weighted: str) -> None:
     """The importance-weighted squared error over all rows, with the same importance given to both; that of so many
-    columns ten thousand times as large as of the others."""
+    columns much larger than of the others, as that of massive activations is."""
     weights, importance, generator = samples(kind), None, torch.Generator().manual_seed(4)
     if weighted == "uneven":
         importance = torch.rand(COLUMNS, generator=generator) ** 4 + 1e-3
     elif weighted != "alike":
         importance = torch.rand(COLUMNS, generator=generator) + 0.1
-        importance[torch.randperm(COLUMNS, generator=generator)[: {"one": 1, "two": 2, "five": 5}[weighted]]] *= 1e4
+        count, much = MUCH[weighted]
+        importance[torch.randperm(COLUMNS, generator=generator)[:count]] *= much
     weighing = torch.ones(COLUMNS) if importance is None else importance
     ours = ((fmt.dequantize(fmt.quantize(weights, importance)) - weights).square() * weighing).sum()
     theirs = ((fmt.dequantize(libggml_quantize(fmt, weights, importance)) - weights).square() * weighing).sum()
