@@ -19,7 +19,7 @@ from formats.sums import code_sums, weighted_error
 
 _ROUNDS = 2
 _BESIDE = (1, -1, 2)  # integers tried next to the one below the best real scale
-_FURTHER = (*_BESIDE, -2, 3, -3, 4)  # last: where few weights count, the right pair of scale and minimum lies further off
+_FURTHER = (*_BESIDE, -2, 3, -3, 4)  # last: where few weights count, the best pair of scale and minimum may lie off
 
 State = tuple[Tensor, ...]
 
@@ -140,7 +140,7 @@ def _affine_error(x: Tensor, importance: Tensor, high: int, state: State) -> Ten
 def _integers(
     moments: Moments, scale: Tensor, d: Tensor, dmin: Tensor, top: int, steps: Sequence[int] = _BESIDE
 ) -> State:
-    """The best pair (sc, m) of every sub-block for its codes: sc `steps` from ⌊scale/d⌋, and for each the m that follows.
+    """The best (sc, m) of every sub-block for its codes: sc `steps` from ⌊scale/d⌋, and for each the m that follows.
 
     Rounding them apart would ignore that they stand in for each other: all codes are positive.
     """

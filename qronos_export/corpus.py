@@ -238,7 +238,9 @@ def _from_model(
     ordinary = torch.tensor(sorted(set(encode.get_vocab().values()) - set(encode.all_special_ids)))
     model: Any = load_whole(checkpoint, device)
     model.generation_config = type(model.generation_config)(  # a fresh one: the checkpoint's own narrows the choice
-        do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=length - 1, pad_token_id=0
+        do_sample=False,
+        max_new_tokens=length - 1,
+        pad_token_id=0,  # the greatest of what `_drawn` leaves
     )
     counter = _TokenCounter(samples * length, on_progress)
     at_once = at_a_time(model.config.get_text_config(), length)
@@ -251,10 +253,20 @@ def _from_model(
                 ordinary[torch.randint(len(ordinary), (size, 1))] if opening is None else torch.full((size, 1), opening)
             )
             batch = model.generate(
-                first.to(device), attention_mask=torch.ones_like(first, device=device), streamer=counter
-            )
+                first.to(device), attention_mask=torch.ones_like(first, device=device), streamer=counter,
+                logits_processor=[_drawn],
+            )  # fmt: skip
         batches.append(batch.cpu())
     return torch.cat(batches)
+
+
+def _drawn(ids: Tensor, logits: Tensor) -> Tensor:
+    """Zero at a token drawn from what `logits` [sequences, vocabulary] say, −∞ elsewhere. By one number for each
+    sequence and the sums of probabilities, for a third of what torch.multinomial's one for each token takes."""
+    sums = logits.float().softmax(-1).cumsum(-1)
+    chance = torch.rand(len(sums), 1, device=sums.device) * sums[:, -1:]
+    token = torch.searchsorted(sums, chance, right=True).clamp_(max=sums.shape[1] - 1)
+    return torch.full_like(logits, -torch.inf).scatter_(1, token, 0.0)
 
 
 def at_a_time(shape: Any, length: int) -> int:

@@ -15,6 +15,7 @@ from formats import BlockFormat
 from qronos_export.attention import Attention
 from qronos_export.calibration import Group, Matrix
 from qronos_export.plan import Mix
+from qronos_export.precision import product
 from qronos_export.ranks import ALONE, Ranks
 from qronos_export.report import LayerReport
 from qronos_export.rounding import CORRECTING, Coupled, Rounded, Rounder, Settings, blind, chosen, magr, rtn
@@ -125,7 +126,7 @@ def _round_rows(
         note = f"saw only {own} tokens for {stats.features} inputs; {stats.borrowed} of other experts make up for that"
     note = "; ".join(filter(None, [note, unscaled, moved]))
     rounded = _in_shards(weight, stats, fmt, settings, rounder, ranks)
-    power = torch.linalg.vecdot(weight @ stats.hessian if stats.tokens else weight, weight)
+    power = torch.linalg.vecdot(product(weight, stats.hessian) if stats.tokens else weight, weight)
     values = rounded.weight.dequantize()
     seconds = (time.perf_counter() - started) / len(weight)  # per row
 

@@ -12,6 +12,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from qronos_export.precision import accumulate
+
 _PANELS = 4  # H's upper triangle in 4 × 4 panels costs 10/16 of the full product
 
 
@@ -45,9 +47,9 @@ class LayerStats:
             self.held.update(x, x_hat)
         total = self.tokens + new
         keep, gain = self.tokens / total, 1.0 / total
-        x, x_hat = x.to(torch.float32), x_hat.to(torch.float32)
-        self._mean.mul_(keep).add_(x_hat.sum(0), alpha=gain)
-        self._cross.addmm_(x.T, x_hat, beta=keep, alpha=gain)
+        x, x_hat = by_features(x), by_features(x_hat)
+        self._mean.mul_(keep).add_(x_hat.sum(1), alpha=gain)
+        accumulate(self._cross, x, x_hat, keep, gain)
         add_squares(self._hessian, x_hat, keep, gain)
         self.tokens = total
 
@@ -90,13 +92,18 @@ class LayerStats:
         return self._mean
 
 
+def by_features(x: Tensor) -> Tensor:
+    """[tokens, features] as products of moments want it: float32 [features, tokens], on a CPU in one piece."""
+    x = x.to(torch.float32).T
+    return x.contiguous() if x.device.type == "cpu" else x
+
+
 def add_squares(moment: Tensor, x: Tensor, keep: float, gain: float) -> None:
-    """keep · `moment` + gain · xᵀx in place, of x float32 [tokens, features]; below the diagonal only what panels of
+    """keep · `moment` + gain · xxᵀ in place, of x float32 [features, tokens]; below the diagonal only what panels of
     columns have there."""
-    width = -(-x.shape[1] // _PANELS)
-    for start in range(0, x.shape[1], width):
-        rows = x[:, start : start + width]
-        moment[start : start + width, start:].addmm_(rows.T, x[:, start:], beta=keep, alpha=gain)
+    width = -(-len(x) // _PANELS)
+    for start in range(0, len(x), width):
+        accumulate(moment[start : start + width, start:], x[start : start + width], x[start:], keep, gain)
 
 
 def symmetric(moment: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from qronos_export.errors import TransformError
 from qronos_export.memory import give_back
 from qronos_export.precision import Linear, linear
 from qronos_export.ranks import ALONE, Ranks
-from qronos_export.statistics import add_squares, symmetric
+from qronos_export.statistics import add_squares, by_features, symmetric
 from qronos_export.suspended import Block
 from qronos_export.transforms import TRANSFORMS, Goal, InputStats, Outside, Transform, Whole
 from qronos_export.transforms.anatomy import Anatomy, dissect
@@ -209,7 +209,7 @@ def _observe(
                 zeros = torch.zeros(x.shape[1], x.shape[1], device=x.device)
                 stats[name] = InputStats(zeros, zeros[0].clone(), x[:0])
             known = stats[name]
-            add_squares(known.hessian, x, before / total, 1 / total)
+            add_squares(known.hessian, by_features(x), before / total, 1 / total)
             known.largest = torch.maximum(known.largest, x.abs().amax(0))
             share = -(-_SAMPLE // (len(batches) * ranks.world))
             known.sample = torch.cat([known.sample, x[:: max(1, len(x) // share)][:share]])

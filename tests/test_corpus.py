@@ -10,7 +10,7 @@ import torch
 
 from qronos_export import corpus as corpus_module
 from qronos_export.checkpoint import Checkpoint, open_checkpoint, tokenizer
-from qronos_export.corpus import PIECE, _pieces, calibration_tokens, held_out_text, median_length
+from qronos_export.corpus import PIECE, _drawn, _pieces, calibration_tokens, held_out_text, median_length
 from qronos_export.errors import CalibrationError
 from qronos_export.recipe import Recipe
 from qronos_export.resolved import matched
@@ -118,6 +118,17 @@ def offline_datasets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterato
 
 
 @pytest.mark.usefixtures("offline_datasets")
+def test_tokens_are_drawn_by_their_probability() -> None:
+    logits = torch.tensor([2.0, 1.0, -torch.inf, 0.0, 3.0, -60.0])
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        left = _drawn(torch.empty(0), logits.expand(40_000, -1))
+    assert bool(((left == 0).sum(1) == 1).all()) and bool(((left == 0) | left.isneginf()).all())
+    share = torch.bincount(left.argmax(1), minlength=len(logits)) / len(left)
+    torch.testing.assert_close(share, logits.softmax(0), rtol=0, atol=0.01)  # four standard errors
+    assert share[2] == share[5] == 0
+
+
 def test_a_dataset_of_texts_or_of_messages(plain: Checkpoint, tmp_path: Path) -> None:
     for column, rows in {
         "text": ["A line of text that says nothing in particular.\n"] * 40,

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from itertools import pairwise
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from qronos_export import precision
 from qronos_export.statistics import LayerStats
 
 
@@ -37,3 +39,26 @@ def test_low_precision_inputs_accumulate_in_float32() -> None:
         stats.update(part, part)
     exact = x.double().T @ x.double() / 500
     torch.testing.assert_close(stats.hessian.double(), exact, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("whose", ["onednn", "torch"])
+def test_products_are_of_whole_float32(whose: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever computes them: of 12-bit inputs, which bfloat16 could not hold, nothing is lost but in the sum."""
+    assert precision._onednn() is not None, "this torch is built without oneDNN"
+    if whose == "torch":
+        monkeypatch.setattr(precision, "_onednn", lambda: None)
+    a, b = torch.randint(-2048, 2048, (2, 3, 200, 96)).float() / 2048
+    found = precision.product(a, b[0])
+    torch.testing.assert_close(found, (a.double() @ b[0].double().T).float(), rtol=1e-6, atol=3e-6)
+    bias = torch.randn(200)
+    torch.testing.assert_close(precision.linear("float32")(a, b[0], bias), found + bias)
+    total, sums = torch.ones(200, 200), a[0].double() @ b[0].double().T
+    precision.accumulate(total, a[0], b[0], 0.25, 0.5)
+    torch.testing.assert_close(total, (0.25 + 0.5 * sums).float(), rtol=1e-6, atol=3e-6)
+
+
+def test_products_have_gradients_where_asked_for() -> None:
+    a, b = torch.randn(128, 96, requires_grad=True), torch.randn(128, 96)
+    precision.product(a, b).sum().backward()
+    assert a.grad is not None
+    torch.testing.assert_close(a.grad, b.sum(0).expand_as(a))

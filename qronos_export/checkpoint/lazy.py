@@ -28,6 +28,7 @@ from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils.loading_report import LoadStateDictInfo
 
 from qronos_export.errors import CheckpointError
+from qronos_export.precision import hasten
 
 from .architecture import Architecture
 from .quiet import quiet
@@ -149,7 +150,7 @@ def _read_ahead(tensors: Iterable[StoredTensor]) -> None:
 def load_whole(
     checkpoint: Checkpoint, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
 ) -> PreTrainedModel:
-    """The complete model by `from_pretrained`, in eval mode and with its cache on: for sampling text."""
+    """The complete model by `from_pretrained`, in eval mode and with its cache on: for sampling text and for tasks."""
     with quiet():
         try:
             model = AutoModelForCausalLM.from_pretrained(
@@ -161,6 +162,7 @@ def load_whole(
         except (ValueError, OSError) as error:
             raise CheckpointError(f"{checkpoint.folder} does not load as a language model: {error}") from error
     model.eval().requires_grad_(False)
+    hasten(model)
     return cast(PreTrainedModel, nn.Module.to(model, device))
 
 

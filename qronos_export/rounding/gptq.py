@@ -11,6 +11,7 @@ from torch import Tensor
 
 from formats import BlockFormat, Grid, QuantizedWeight
 from formats.parallel import at_once, one_thread
+from qronos_export.precision import product
 from qronos_export.rounding.coupled import diffuse_rows
 from qronos_export.rounding.least_squares import Normal, SingularError, normal_equations
 from qronos_export.rounding.refine import refined
@@ -89,7 +90,7 @@ def diffuse(
                 target, first, column, settings.coupled, settings.damping, round_rows
             )
         error = target - values
-        loss = torch.linalg.vecdot(error @ normal.hessian + normal.damping * error, error)
+        loss = torch.linalg.vecdot(product(error, normal.hessian) + normal.damping * error, error)
         if singular:
             note = "; ".join(filter(None, [note, f"{singular} heads rounded row by row: what weighs them is singular"]))
     else:

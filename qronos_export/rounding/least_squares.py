@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from qronos_export.precision import product
 from qronos_export.statistics import LayerStats
 
 _TRIES = 3
@@ -65,7 +66,7 @@ class Normal:
 
         Raises SingularError where H + ρI is not positive definite.
         """
-        drift = weight @ (self.cross - self.hessian)
+        drift = product(weight, (self.cross - self.hessian).T.contiguous())
         if ridge is not None:
             for dtype in (torch.float32, torch.float64)[ridge < _WELL_CONDITIONED :]:
                 matrix = self.hessian.to(dtype, copy=True)

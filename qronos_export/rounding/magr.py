@@ -14,6 +14,7 @@ from torch import Tensor
 
 from formats import native
 from formats.parallel import side_by_side
+from qronos_export.precision import product
 
 STEPS = 100
 _AT_ONCE = 256  # rows, which stay in a core's cache through all steps
@@ -35,7 +36,7 @@ def magr(weight: Tensor, hessian: Tensor, alpha: float, group: int, steps: int =
         paid = paid.repeat_interleave(rows.shape[1] // group)
         v = ahead = rows
         for step in range(steps):
-            before, v = v, clipped((ahead - (ahead - rows) @ scaled).view(-1, group), paid).view_as(rows)
+            before, v = v, clipped((ahead - product(ahead - rows, scaled)).view(-1, group), paid).view_as(rows)
             ahead = torch.lerp(before, v, 1 + step / (step + 3))
         return v
 
