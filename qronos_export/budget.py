@@ -63,6 +63,7 @@ class Budget:
         self._calibrated = recipe.method != "rtn"
         self._states = self._tokens * seen.hidden * (2 if recipe.state_dtype == "bfloat16" else _FLOAT)  # of one stream
         self._again = recipe.offload != "none"
+        self._threads = torch.get_num_threads() if device.type == "cpu" else 1
 
     def memory(self) -> dict[str, dict[str, int]]:
         """Moment -> term -> bytes, without the interpreter."""
@@ -132,6 +133,7 @@ class Budget:
                 ),
                 default=0,
             )
+            rounding *= self._side_by_side(place)
             forward = place.between.of(at_once, recipe.sequence_length)
             forward -= place.held.of(at_once, recipe.sequence_length)
             name = next(iter(place.matrices)).removesuffix(".weight")
@@ -155,6 +157,10 @@ class Budget:
                     "one forward": block.after.of(at_once, recipe.sequence_length),
                 },
             )
+
+    def _side_by_side(self, place: Place) -> int:
+        """Experts that are rounded at once."""
+        return max(1, min(place.experts, self._threads))
 
     def _waiting(self, place: Place, streams: int) -> float:
         """Of forwards that wait at a place in so many streams; where they are run anew, one in two streams, with what

@@ -1,17 +1,18 @@
-"""Rounds one group of weights: gathers rows per format, calls the rounder once for each, stores the blocks."""
+"""Rounds groups of weights: gathers rows per format, calls the rounder once for each, stores the blocks."""
 
 from __future__ import annotations
 
 import math
 import time
 import zlib
-from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol
 
 import torch
 
 from formats import BlockFormat
+from formats.parallel import side_by_side
 from qronos_export.attention import Attention
 from qronos_export.calibration import Group, Matrix
 from qronos_export.plan import Mix
@@ -57,8 +58,31 @@ class Store(Protocol):
 MIN_TOKENS_PER_FEATURE = 1 / 16
 
 
-def round_group(
-    group: Group,
+@dataclass(frozen=True)
+class _Rows:
+    """Rows of one group that become one format, below each other in the order of `jobs`."""
+
+    fmt: BlockFormat
+    jobs: list[tuple[Matrix, Target]]
+    stats: LayerStats
+
+
+@dataclass(frozen=True)
+class _Finished:
+    """What became of some rows, `values` in units of `scales` [rows, 1]. `seconds` are for a row."""
+
+    rows: _Rows
+    rounded: Rounded
+    values: torch.Tensor
+    scales: torch.Tensor
+    power: torch.Tensor
+    settings: Settings
+    note: str
+    seconds: float
+
+
+def round_groups(
+    groups: Sequence[Group],
     plan: Destinations,
     mix: Mix,
     rounder: Rounder,
@@ -67,18 +91,33 @@ def round_group(
     attention: Attention | None = None,
     ranks: Ranks = ALONE,
 ) -> Iterator[LayerReport]:
-    """Round every weight of `group` that has a target in `mix`; rows of one format are swept together, but for those
-    that make a head of `attention`. Each of `ranks` sweeps some of the rows.
+    """Round every weight of `groups` that has a target in `mix`; rows of a group that become one format are swept
+    together, but for those that make a head of `attention`. Each of `ranks` sweeps some of the rows.
+
+    Groups do not read one another: on a CPU as many as torch has threads go side by side, experts above all.
 
     Afterwards `matrix.quantized` holds the stored values, and `store` the blocks.
     """
-    by_format: dict[str, tuple[BlockFormat, list[tuple[Matrix, Target]]]] = {}
+    parts = [part for group in groups for part in _by_format(group, plan, mix)]
+    device = groups[0].stats.device
+    at_once = torch.get_num_threads() if device.type == "cpu" and ranks.world == 1 else 1
+    for first in range(0, len(parts), at_once):
+        finished = side_by_side(
+            lambda rows: _rounded(rows, plan, rounder, settings, attention, ranks),
+            parts[first : first + at_once],
+            device,
+        )
+        for each in finished:
+            yield from _stored(each, plan, mix, store, attention)
+
+
+def _by_format(group: Group, plan: Destinations, mix: Mix) -> Iterator[_Rows]:
+    found: dict[str, _Rows] = {}
     for matrix in group.matrices:
         for target in plan.targets(matrix.name):
             if fmt := mix.format(target.tensor, matrix.weight.shape[1]):
-                by_format.setdefault(fmt.name, (fmt, []))[1].append((matrix, target))
-    for fmt, jobs in by_format.values():
-        yield from _round_rows(jobs, plan, mix, fmt, group.stats, rounder, settings, store, attention, ranks)
+                found.setdefault(fmt.name, _Rows(fmt, [], group.stats)).jobs.append((matrix, target))
+    yield from found.values()
 
 
 def _fallback(stats: LayerStats, rounder: Rounder) -> tuple[Rounder, str]:
@@ -87,18 +126,10 @@ def _fallback(stats: LayerStats, rounder: Rounder) -> tuple[Rounder, str]:
     return rtn, f"saw only {stats.tokens} tokens for {stats.features} inputs; rounded to nearest"
 
 
-def _round_rows(
-    jobs: list[tuple[Matrix, Target]],
-    plan: Destinations,
-    mix: Mix,
-    fmt: BlockFormat,
-    stats: LayerStats,
-    rounder: Rounder,
-    settings: Settings,
-    store: Store,
-    attention: Attention | None,
-    ranks: Ranks,
-) -> Iterator[LayerReport]:
+def _rounded(
+    rows: _Rows, plan: Destinations, rounder: Rounder, settings: Settings, attention: Attention | None, ranks: Ranks
+) -> _Finished:
+    jobs, fmt, stats = rows.jobs, rows.fmt, rows.stats
     started = time.perf_counter()
     device = jobs[0][0].weight.device
     parts = [matrix.weight[target.rows.to(device)].to(torch.float32) for matrix, target in jobs]
@@ -128,28 +159,35 @@ def _round_rows(
     rounded = _in_shards(weight, stats, fmt, settings, rounder, ranks)
     power = torch.linalg.vecdot(product(weight, stats.hessian) if stats.tokens else weight, weight)
     values = rounded.weight.dequantize()
-    seconds = (time.perf_counter() - started) / len(weight)  # per row
+    seconds = (time.perf_counter() - started) / len(weight)
+    return _Finished(rows, rounded, values, scales, power, settings, note, seconds)
 
-    start = 0
-    for matrix, target in jobs:
+
+def _stored(
+    done: _Finished, plan: Destinations, mix: Mix, store: Store, attention: Attention | None
+) -> Iterator[LayerReport]:
+    rounded, fmt, stats, settings, start = done.rounded, done.rows.fmt, done.rows.stats, done.settings, 0
+    for matrix, target in done.rows.jobs:
         rows = slice(start, start := start + len(target.rows))
-        blocks = rounded.weight.blocks[rows]
-        store.put(plan.tensor(target), fmt, target.file_rows, blocks, values[rows], scales[rows, 0])
-        matrix.quantized[target.rows.to(device)] = (values[rows] * scales[rows]).to(matrix.quantized.dtype)
+        blocks, values, scales = rounded.weight.blocks[rows], done.values[rows], done.scales[rows]
+        store.put(plan.tensor(target), fmt, target.file_rows, blocks, values, scales[:, 0])
+        matrix.quantized[target.rows.to(values.device)] = (values * scales).to(matrix.quantized.dtype)
         yield LayerReport(
             artifact=mix.name,
             name=matrix.name,
             tensor=target.tensor,
             format=fmt.name,
             method=rounded.method,
-            error=_share(rounded.loss, power, rows),
-            recoverable_mismatch=_share(rounded.mismatch, power, rows),
+            error=_share(rounded.loss, done.power, rows),
+            recoverable_mismatch=_share(rounded.mismatch, done.power, rows),
             damping=rounded.damping if rounded.damping else None,
             shrinkage=settings.shrinkage if rounded.method in CORRECTING else None,
             ridge=settings.ridge if rounded.method == "qronos" else None,
             tokens=stats.tokens - stats.borrowed,
-            seconds=seconds * len(target.rows),
-            note="; ".join(filter(None, [note, rounded.note, attention.note_of(matrix.name) if attention else ""])),
+            seconds=done.seconds * len(target.rows),
+            note="; ".join(
+                filter(None, [done.note, rounded.note, attention.note_of(matrix.name) if attention else ""])
+            ),
         )
 
 

@@ -20,10 +20,10 @@ from torch import Tensor
 from formats import BlockFormat, find_format
 from qronos_export.artifact.gguf import StoredTensor, Target
 from qronos_export.calibration import Group, Matrix
-from qronos_export.layers import round_group
+from qronos_export.layers import round_groups
 from qronos_export.live import Live
 from qronos_export.plan import Mix
-from qronos_export.precision import linear
+from qronos_export.precision import linear, product
 from qronos_export.rounding import ROUNDERS, Rounder, Settings
 from qronos_export.statistics import LayerStats
 from qronos_export.transforms import TRANSFORMS, Goal, InputStats
@@ -54,7 +54,7 @@ def measure(folder: Path, device: torch.device) -> Machine:
     double, long = square.double(), torch.zeros(1 << 25, device=device)
     flops = 2.0 * _SQUARE**3
     return Machine(
-        flops * _per_second(lambda: square @ square, device, 1.0),
+        flops * _per_second(lambda: product(square, square), device, 1.0),
         flops * _per_second(lambda: in_bfloat16(square, square, None), device, 0.2),
         flops * _per_second(lambda: double @ double, device, 0.2),
         long.nbytes * _per_second(lambda: long.sum(), device, 0.2),
@@ -174,7 +174,7 @@ class Rehearsal:
         def once() -> None:
             group = Group([Matrix("tried", weight, weight)], stats)
             kept = weight.clone()
-            for _ in round_group(group, ahead, mix, rounder, settings, ahead):
+            for _ in round_groups([group], ahead, mix, rounder, settings, ahead):
                 pass
             weight.copy_(kept)
 

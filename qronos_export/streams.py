@@ -18,7 +18,7 @@ from qronos_export.calibration import Clock, Group, Matrix
 from qronos_export.checkpoint import LazyModel, head_sizes, round_cache
 from qronos_export.decoder import Decoder, MicroBatch, add_stream, enter
 from qronos_export.kv_cache import KVCache
-from qronos_export.layers import Destinations, Store, round_group
+from qronos_export.layers import Destinations, Store, round_groups
 from qronos_export.memory import give_back
 from qronos_export.plan import Mix
 from qronos_export.ranks import ALONE, Ranks
@@ -122,7 +122,7 @@ class Walk:
             if stored:
                 self._take(group, stream, stored)
             else:
-                yield from self._round(group, each, ROUNDERS["rtn"])
+                yield from self._round([group], each, ROUNDERS["rtn"])
             values = group.matrices[0].quantized
             add_stream(self._decoder, self.model.embedding, values, self.batches)
             if self._passengers and self.model.tied:
@@ -154,11 +154,11 @@ class Walk:
         self, stops: Iterator[tuple[int, list[Group]]], stored: Stored | None, heads: Attention | None
     ) -> Iterator[LayerReport]:
         for stream, groups in stops:
+            if not stored:
+                yield from self._round(groups, self._outputs[stream], self._rounder, heads)
+                continue
             for group in groups:
-                if stored:
-                    self._take(group, stream, stored)
-                else:
-                    yield from self._round(group, self._outputs[stream], self._rounder, heads)
+                self._take(group, stream, stored)
 
     def head(self) -> Iterator[LayerReport]:
         """Of a model that has one of its own."""
@@ -172,7 +172,7 @@ class Walk:
                     self._ranks,
                 )  # fmt: skip
                 values = weight.clone()
-                yield from self._round(Group([Matrix("head", weight, values)], stats), each, self._rounder)
+                yield from self._round([Group([Matrix("head", weight, values)], stats)], each, self._rounder)
             if self._passengers:
                 self._passengers.heads.append(values)
 
@@ -190,10 +190,10 @@ class Walk:
         return heads if heads is None or asked else replace(heads, note="")
 
     def _round(
-        self, group: Group, output: Sink, rounder: Rounder, heads: Attention | None = None
+        self, groups: list[Group], output: Sink, rounder: Rounder, heads: Attention | None = None
     ) -> Iterator[LayerReport]:
         layers = list(
-            round_group(group, self._plan, output.mix, rounder, self._settings, output.store, heads, self._ranks)
+            round_groups(groups, self._plan, output.mix, rounder, self._settings, output.store, heads, self._ranks)
         )
         self._clock.lap("rounding")
         yield from layers
@@ -362,7 +362,7 @@ def _nearest(
         for name, weight in weights.items():
             for each in outputs:
                 group = Group([Matrix(name, weight, torch.empty_like(weight))], LayerStats(0))
-                yield from round_group(group, plan, each.mix, ROUNDERS["rtn"], _BLIND, each.store)
+                yield from round_groups([group], plan, each.mix, ROUNDERS["rtn"], _BLIND, each.store)
         clock.lap("rounding")
 
     clock.lap(None)

@@ -21,7 +21,7 @@ from qronos_export.corpus import held_out_text
 from qronos_export.decoder import Decoder, add_stream, enter
 from qronos_export.errors import UsageError
 from qronos_export.evaluation import Evaluated, evaluate
-from qronos_export.layers import round_group
+from qronos_export.layers import round_groups
 from qronos_export.plan import Mix
 from qronos_export.proof import Held
 from qronos_export.recipe import ORDERS, Recipe
@@ -292,7 +292,7 @@ def test_heads_are_found_wherever_their_rows_go(tmp_path: Path) -> None:
         plan = Shuffled(order)
         tensors = [target.tensor for name in weights for target in plan.targets(name)]
         mix = Mix("Q4_0", 0, dict.fromkeys(tensors, "Q4_0"), tensors, {})
-        list(round_group(group, plan, mix, ROUNDERS["qronos"], Settings(0.03, 0.5, "blocks"), Nowhere(), attention))
+        list(round_groups([group], plan, mix, ROUNDERS["qronos"], Settings(0.03, 0.5, "blocks"), Nowhere(), attention))
         return {matrix.name: matrix.quantized for matrix in group.matrices}
 
     joined, shuffled, alone = rounded(natural, attention), rounded(paired, attention), rounded(natural, None)

@@ -103,16 +103,16 @@ def checks() -> None:
 
 def failing(how: str) -> None:
     """The command line, whose second process fails in the middle of a block."""
-    round_group, calls = streams.round_group, count()
+    round_groups, calls = streams.round_groups, count()
 
     def failing_group(*given: Any, **more: Any) -> Iterator[LayerReport]:
         if os.environ["RANK"] == "1" and next(calls) == 3:
             if how == "killed":
                 os.kill(os.getpid(), signal.SIGKILL)
             raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
-        return round_group(*given, **more)
+        return round_groups(*given, **more)
 
-    streams.round_group = failing_group
+    streams.round_groups = failing_group
     main()
 
 

@@ -1,0 +1,83 @@
+"""Groups of layers that do not read one another are rounded side by side, to the same blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import pytest
+import torch
+from torch import Tensor
+
+from formats import BlockFormat
+from qronos_export.artifact.gguf import StoredTensor, Target
+from qronos_export.calibration import Group, Matrix
+from qronos_export.layers import round_groups
+from qronos_export.plan import Mix
+from qronos_export.rounding import ROUNDERS, Settings
+from qronos_export.statistics import LayerStats
+
+EXPERTS, ROWS, COLUMNS = 5, 48, 64
+
+
+class Tensors:
+    """Every weight is a tensor of its own name; keeps the blocks."""
+
+    def __init__(self) -> None:
+        self.blocks: dict[str, Tensor] = {}
+
+    def claim(self, weights: Mapping[str, Tensor]) -> None:
+        raise AssertionError("nothing is matched here")
+
+    def forget(self) -> None:
+        raise AssertionError("nothing is matched here")
+
+    def targets(self, name: str) -> list[Target]:
+        return [Target(name, name, torch.arange(ROWS), torch.arange(ROWS))]
+
+    def tensor(self, target: Target) -> StoredTensor:
+        return StoredTensor(target.tensor, "F32", (ROWS, COLUMNS), 0, 4 * ROWS * COLUMNS)
+
+    def may_have_scale(self, tensor: str) -> bool:
+        return False
+
+    def put(
+        self, tensor: StoredTensor, fmt: BlockFormat, file_rows: Tensor, blocks: Tensor, values: Tensor, scales: Tensor
+    ) -> None:
+        self.blocks[tensor.name] = blocks
+
+
+def experts() -> Iterator[Group]:
+    generator = torch.Generator().manual_seed(0)
+    for number in range(EXPERTS):
+        x, noise = torch.randn(2, 300, COLUMNS, generator=generator)
+        stats = LayerStats(COLUMNS)
+        stats.update(x, x + 0.1 * noise)
+        weight = torch.randn(ROWS, COLUMNS, generator=generator)
+        yield Group([Matrix(f"expert {number}", weight, torch.empty_like(weight))], stats)
+
+
+@pytest.fixture(params=[1, 2, 3])
+def threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+def test_experts_side_by_side_are_rounded_as_alone(threads: int) -> None:
+    names = [f"expert {number}" for number in range(EXPERTS)]
+    mix = Mix("Q4_0", 0, dict.fromkeys(names, "Q4_0"), names, {})
+    settings = Settings(3e-2, 1.0, "blocks", ridge=0.5)
+
+    def rounded(groups: list[Group]) -> tuple[list[str], Tensor]:
+        tensors = Tensors()
+        reports = [each.name for each in round_groups(groups, tensors, mix, ROUNDERS["qronos"], settings, tensors)]
+        assert list(tensors.blocks) == reports
+        return reports, torch.stack([group.matrices[0].quantized for group in groups])
+
+    together = rounded(list(experts()))
+    alone = [rounded([group]) for group in experts()]
+    assert together[0] == names == [report for reports, _ in alone for report in reports]
+    assert torch.get_num_threads() == threads
+    off = (together[1] != torch.cat([values for _, values in alone])).float().mean()
+    assert off < 0.01  # torch sums in another order on one thread
