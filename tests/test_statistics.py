@@ -6,13 +6,14 @@ from itertools import pairwise
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qronos_export import precision
 from qronos_export.statistics import LayerStats
 
 
+@settings(deadline=None)  # the first product of a process sets things up
 @given(
     tokens=st.integers(1, 60),
     features=st.integers(1, 40),
