@@ -99,13 +99,22 @@ class Codebook:
         return tables[table].index_select(0, cell.reshape(-1)).view(values.shape)
 
 
-@cache
-def cells(levels: tuple[float, ...], device: torch.device) -> tuple[Tensor, Tensor, Tensor, int, int]:
+Cells = tuple[Tensor, Tensor, Tensor, int, int]
+_CELLS: dict[tuple[tuple[float, ...], torch.device], Cells] = {}
+
+
+def cells(levels: tuple[float, ...], device: torch.device) -> Cells:
     """A codebook as tables: levels by code; code and level by cell. Then the first cell, and the cells per unit.
 
     Borders between neighbouring levels are dyadic, so the line is cut into even cells none of which holds a border
-    inside: one look-up finds the nearest level, where a search would take log2 n steps.
+    inside: one look-up finds the nearest level, where a search would take log2 n steps. Tables last as long as the
+    process, whichever of several threads makes them, since compiled loops read them where they lie.
     """
+    found = _CELLS.get((levels, device))
+    return found or _CELLS.setdefault((levels, device), _cells(levels, device))
+
+
+def _cells(levels: tuple[float, ...], device: torch.device) -> Cells:
     table = torch.tensor(levels, dtype=torch.float64)
     ascending, order = table.sort(stable=True)
     first = torch.ones_like(order, dtype=torch.bool)  # of equal levels: the code that is written

@@ -107,6 +107,19 @@ def test_depth_takes_disk_and_time_but_no_memory(llamacpp: LlamaCpp, english: Pa
         assert parts[0] == parts[1]
 
 
+def test_a_run_of_a_model_twice_as_deep_takes_no_more_memory(english: Path, tmp_path: Path) -> None:
+    """Of layers so large that two more, in both streams, would be a fifth of the peak."""
+    peaks = []
+    for layers in (2, 4):
+        folder = tmp_path / f"{layers}"
+        make("llama", folder / "tiny", hidden_size=768, intermediate_size=3072, num_hidden_layers=layers)
+        options = ["--calibration", english, "--samples", 4, "--sequence-length", 64, "--no-validate"]
+        command = [sys.executable, "-m", "qronos_export", "quantize", folder / "tiny", "--output", folder / "out"]
+        subprocess.run([*map(str, [*command, *options])], capture_output=True, check=True)
+        peaks.append(json.loads((folder / "out" / "report.json").read_text())["peak_memory_bytes"])
+    assert peaks[1] < 1.05 * peaks[0]
+
+
 def test_refuses_what_quantize_refuses(llamacpp: LlamaCpp, tmp_path: Path) -> None:
     refused: list[tuple[Recipe, type[QronosError]]] = [
         (Recipe("demo", "Q4_X"), UsageError),

@@ -32,7 +32,8 @@ def quantize(model: Path, output: Path, text: Path, llamacpp: LlamaCpp, ranks: i
         str(text), "--samples", "9", "--sequence-length", "64", "--no-validate", "--llamacpp", str(llamacpp.bin_folder),
         *options,
     ]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    alike = {**os.environ, "OMP_NUM_THREADS": "1"}  # sums depend on threads as well
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=alike)
     if done.returncode:
         raise ChildProcessError(done.stderr)
     report: dict[str, Any] = json.loads((output / "report.json").read_text())
@@ -107,53 +108,56 @@ def test_each_process_has_a_gpu_of_its_own(name: str, gpus: int, says: str, monk
 
 
 @pytest.mark.parametrize(
-    ("family", "options"),
+    "options",
     [
-        ("qwen3_moe", ("--format", "Q4_0,Q8_0")),  # experts, and heads that are not torn apart
-        ("llama", ("--format", "Q4_0", "--set", "held_out=0.25")),
+        ("--format", "Q4_0,Q8_0", "--transforms", "none"),
+        ("--format", "Q4_0", "--transforms", "none", "--set", "held_out=0.25", "--set", "micro_batch=1"),
+        ("--format", "Q4_K", "--transforms", "equalize"),
+        ("--format", "Q4_0", "--transforms", "none", "--offload", "disk"),
     ],
 )
 def test_two_processes_write_what_one_does(
-    family: str, options: tuple[str, ...], llamacpp: LlamaCpp, english: Path, tmp_path: Path
+    options: tuple[str, ...], llamacpp: LlamaCpp, english: Path, tmp_path: Path
 ) -> None:
-    """What q, k and v of the first block become. Later a code that sums in another order round the other way moves all
-    that follow, to an error as small; λ that tokens held out choose may then be another one."""
-    model = make(family, tmp_path / "tiny")
-    options = (*options, "--transforms", "none")
+    """Where both take micro-batches that one would take: to the last bit, but that torch sums over few rows in another
+    order than over many, which a code in thousands may show, and then what follows it."""
+    model = make("llama", tmp_path / "tiny")
+    options = ("--set", "micro_batch=2", *options)
     one, two = (quantize(model, tmp_path / str(ranks), english, llamacpp, ranks, *options) for ranks in (1, 2))
+    assert one["recipe"] == two["recipe"] and one["calibration"] == two["calibration"]
     for artifact in one["artifacts"]:
         ours, other = (GGUFFile(tmp_path / ranks / artifact["path"]) for ranks in "12")
         assert list(ours.tensors) == list(other.tensors)
-        assert np.array_equal(ours.bytes("token_embd.weight"), other.bytes("token_embd.weight"))
-        for name in ("blk.0.attn_q.weight", "blk.0.attn_k.weight", "blk.0.attn_v.weight"):
-            alike = (ours.bytes(name) == other.bytes(name)).mean()
-            assert alike > (0.9 if artifact["format"] == "Q4_0" else 0.5), name  # Q8_0: 0.82 was seen
-    assert [layer["name"] for layer in one["layers"]] == [layer["name"] for layer in two["layers"]]
-    pairs = [(a, b) for a, b in zip(one["layers"], two["layers"], strict=True) if a["error"]]
-    for ours, other in pairs:
-        if "experts" not in ours["name"]:  # which tokens are routed to may change by one
-            assert ours["tokens"] == other["tokens"]
-        if ours["name"].startswith("model.layers.0.self_attn") and "o_proj" not in ours["name"]:
-            assert other["error"] == pytest.approx(ours["error"], rel=0.1)
-            steps = 2 * np.log10(other["damping"] / ours["damping"])  # of mean(diag H), chosen from steps of 10^½
-            assert steps == pytest.approx(round(steps), abs=1e-4)
-    if family == "qwen3_moe":  # -0.003 and 0.075 were seen
-        drift = [np.log(other["error"] / ours["error"]) for ours, other in pairs]
-        assert abs(np.mean(drift)) < 0.05 and np.abs(drift).max() < 0.5
+        first = [name for name in ours.tensors if name.startswith(("blk.0.attn", "token_embd"))]
+        assert len(first) > 4
+        for name in first:
+            assert (ours.bytes(name) == other.bytes(name)).mean() >= 0.998, name
+    assert_alike(one, two, 0.01, 0.1)
 
 
-def test_two_processes_search_as_one_does(llamacpp: LlamaCpp, english: Path, tmp_path: Path) -> None:
-    """Among the same candidates, on inputs that each has some of: the columns of `equalize`, and what they lead to."""
-    model = make("llama", tmp_path / "tiny")
-    options = ("--format", "Q4_0", "--transforms", "equalize", "--method", "gptq")
+@pytest.mark.parametrize("family", ["qwen3_moe", "llama"])
+def test_two_processes_with_other_micro_batches(family: str, llamacpp: LlamaCpp, english: Path, tmp_path: Path) -> None:
+    """Sums of other batches differ in their last bits. A code that tips moves all that follow, to an error as small."""
+    model = make(family, tmp_path / "tiny")
+    options = ("--format", "Q4_0", "--transforms", "none")
     one, two = (quantize(model, tmp_path / str(ranks), english, llamacpp, ranks, *options) for ranks in (1, 2))
-    assert one["recipe"]["transforms"] == two["recipe"]["transforms"] == "equalize"
     ours, other = (GGUFFile(tmp_path / ranks / one["artifacts"][0]["path"]) for ranks in "12")
-    for name in ("output_norm.weight", "blk.0.attn_norm.weight", "blk.1.ffn_norm.weight"):
-        gains = [np.concatenate([part.numpy() for part in file.floats(name)]) for file in (ours, other)]
-        np.testing.assert_allclose(gains[0], gains[1], rtol=1e-3)
-    assert not np.allclose(gains[0], 1, rtol=1e-2)
-    assert (ours.bytes("blk.0.attn_q.weight") == other.bytes("blk.0.attn_q.weight")).mean() > 0.9
+    for name in ("blk.0.attn_q.weight", "blk.0.attn_k.weight", "blk.0.attn_v.weight"):
+        assert (ours.bytes(name) == other.bytes(name)).mean() > 0.9, name
+    assert_alike(one, two, 0.05, 0.5)
+
+
+def assert_alike(one: dict[str, Any], two: dict[str, Any], mean: float, most: float) -> None:
+    """The same layers from the same tokens, and errors whose ratios have logarithms within these bounds."""
+    drift = []
+    for a, b in zip(one["layers"], two["layers"], strict=True):
+        for what in ("artifact", "name", "tensor", "format"):
+            assert a[what] == b[what]
+        if "experts" not in a["name"]:  # which tokens are routed to may change by one
+            assert a["tokens"] == b["tokens"]
+        if a["error"]:
+            drift.append(np.log(b["error"] / a["error"]))
+    assert drift and abs(np.mean(drift)) < mean and np.abs(drift).max() < most
 
 
 def test_both_hear_of_a_transform_that_does_not_fit(llamacpp: LlamaCpp, english: Path, tmp_path: Path) -> None:

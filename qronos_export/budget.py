@@ -12,6 +12,7 @@ import torch
 
 from formats import BlockFormat
 from qronos_export.checkpoint import Checkpoint
+from qronos_export.layers import together
 from qronos_export.recipe import Recipe
 from qronos_export.rehearsal import Machine, Rehearsal, searches
 from qronos_export.streams import rounder_settings
@@ -63,7 +64,7 @@ class Budget:
         self._calibrated = recipe.method != "rtn"
         self._states = self._tokens * seen.hidden * (2 if recipe.state_dtype == "bfloat16" else _FLOAT)  # of one stream
         self._again = recipe.offload != "none"
-        self._threads = torch.get_num_threads() if device.type == "cpu" else 1
+        self._device = device
 
     def memory(self) -> dict[str, dict[str, int]]:
         """Moment -> term -> bytes, without the interpreter."""
@@ -133,17 +134,22 @@ class Budget:
                 ),
                 default=0,
             )
-            rounding *= self._side_by_side(place)
+            rounding *= together(place.experts, place.columns, self._device)
             forward = place.between.of(at_once, recipe.sequence_length)
             forward -= place.held.of(at_once, recipe.sequence_length)
+            statistics = max(1, place.experts) * self._statistics(place.columns)
             name = next(iter(place.matrices)).removesuffix(".weight")
             yield (
                 name,
                 {
                     **weights,
                     "forwards that wait": waiting,
-                    "statistics": max(1, place.experts) * self._statistics(place.columns),
-                    "rounding" if rounding >= forward else "one forward": max(rounding, forward),
+                    "statistics": statistics,
+                    **(
+                        {"rounding": rounding}
+                        if rounding >= forward + statistics
+                        else {"one forward": forward, "statistics as sums in float64": statistics}
+                    ),
                 },
             )
         if block.places:
@@ -157,10 +163,6 @@ class Budget:
                     "one forward": block.after.of(at_once, recipe.sequence_length),
                 },
             )
-
-    def _side_by_side(self, place: Place) -> int:
-        """Experts that are rounded at once."""
-        return max(1, min(place.experts, self._threads))
 
     def _waiting(self, place: Place, streams: int) -> float:
         """Of forwards that wait at a place in so many streams; where they are run anew, one in two streams, with what

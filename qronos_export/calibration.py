@@ -145,7 +145,7 @@ class _Stream:
             return _activation(copied, f"{name}.{part}", part, stage, partial(runtime.activation, number))
 
         self.activation = activation
-        self.block = Block(copied, observed, activation, linear)
+        self.block, self._linear = Block(copied, observed, activation, linear), linear
         self._loans: dict[str, Loans] = {}
 
     def start(self, stops: list[Stop], batches: list[MicroBatch], index: int, again: bool, clock: Clock) -> None:
@@ -164,7 +164,9 @@ class _Stream:
         (part,) = stop.members
         if part not in self._loans:
             activation = self.activation(part, "up")
-            self._loans[part] = Loans(module.get_submodule(part), self.module.get_submodule(part), activation, tokens)
+            self._loans[part] = Loans(
+                module.get_submodule(part), self.module.get_submodule(part), activation, tokens, self._linear
+            )
         return self._loans[part]
 
 
@@ -231,6 +233,8 @@ def walk(
                     loans.pool(stats)
                 elif loans:
                     loans.settle(stats)
+                for each in stats:
+                    each.settle()
                 clock.lap("statistics")
                 yield stream.number, groups
                 clock.lap(None)

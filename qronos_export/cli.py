@@ -85,6 +85,7 @@ def main() -> None:
     """The console entry point: errors of ours become one message and an exit code, others a bug report. Ctrl-C exits
     with 130, SIGTERM with 143, SIGHUP with 129, after everything that was begun has been cleared away."""
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: busy waiting on a shared core costs eight times
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")  # half a MB for each shape; experts have many
     for each in _ENDING:
         if signal.getsignal(each) != signal.SIG_IGN:  # as nohup has SIGHUP, and a shell Ctrl-C of what it runs aside
             signal.signal(each, _end)

@@ -238,9 +238,9 @@ def _from_model(
     ordinary = torch.tensor(sorted(set(encode.get_vocab().values()) - set(encode.all_special_ids)))
     model: Any = load_whole(checkpoint, device)
     model.generation_config = type(model.generation_config)(  # a fresh one: the checkpoint's own narrows the choice
-        do_sample=False,
+        do_sample=False,  # the greatest of what `_drawn` leaves
         max_new_tokens=length - 1,
-        pad_token_id=0,  # the greatest of what `_drawn` leaves
+        pad_token_id=0,
     )
     counter = _TokenCounter(samples * length, on_progress)
     at_once = at_a_time(model.config.get_text_config(), length)
@@ -261,11 +261,18 @@ def _from_model(
 
 
 def _drawn(ids: Tensor, logits: Tensor) -> Tensor:
-    """Zero at a token drawn from what `logits` [sequences, vocabulary] say, −∞ elsewhere. By one number for each
-    sequence and the sums of probabilities, for a third of what torch.multinomial's one for each token takes."""
-    sums = logits.float().softmax(-1).cumsum(-1)
-    chance = torch.rand(len(sums), 1, device=sums.device) * sums[:, -1:]
-    token = torch.searchsorted(sums, chance, right=True).clamp_(max=sums.shape[1] - 1)
+    """Zero at a token drawn from what `logits` [sequences, vocabulary] say, −∞ elsewhere.
+
+    On a CPU by one number for a sequence and the sums of probabilities, for a third of what torch.multinomial's one for
+    each token takes. On a GPU such sums need not be the same twice.
+    """
+    chances = logits.float().softmax(-1)
+    if chances.device.type == "cpu":
+        sums = chances.cumsum(-1)
+        token = torch.searchsorted(sums, torch.rand(len(sums), 1) * sums[:, -1:], right=True)
+        token = token.clamp_(max=sums.shape[1] - 1)
+    else:
+        token = torch.multinomial(chances, 1)
     return torch.full_like(logits, -torch.inf).scatter_(1, token, 0.0)
 
 

@@ -101,16 +101,15 @@ class Decoder:
 
 def enter(
     decoder: Decoder,
-    tokens: Tensor,
-    batch: int,
+    tokens: Sequence[Tensor],
     *,
     counted: bool = True,
     held: bool = False,
     shelf: Shelf = ON_THE_SPOT,
 ) -> list[MicroBatch]:
-    """The float stream in front of the first block: int64 `tokens` [samples, length], `batch` sequences at a time."""
+    """The float stream in front of the first block, of micro-batches int64 [samples, length]."""
     batches: list[MicroBatch] = []
-    for ids in tokens.split(batch):
+    for ids in tokens:
         x, arguments = decoder.enter(ids)
         shared = _shared(arguments, batches[0].arguments) if batches else arguments
         batches.append(MicroBatch(ids, x, shared, counted=counted, held=held, shelf=shelf))

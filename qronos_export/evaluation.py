@@ -38,6 +38,7 @@ from qronos_export.layers import Store
 from qronos_export.memory import give_back
 from qronos_export.online import Online, online_model
 from qronos_export.plan import Mix
+from qronos_export.precision import linear
 from qronos_export.proof import Held, held_out_file
 from qronos_export.recipe import Recipe
 from qronos_export.resolved import matched
@@ -222,7 +223,7 @@ class Whole:
                 lazy.turn(block)
             self._weights |= calibration.block_matrices(block, name)
             if rounding:
-                Block(block, lambda _: True, lambda part, stage: rounding)
+                Block(block, lambda _: True, lambda part, stage: rounding, linear("float32"))
             if cache:
                 round_cache(block, cache.keys(), cache.values())
 
@@ -282,7 +283,7 @@ def _everything(model: LazyModel, recipe: Recipe, store: Store) -> tuple[_Everyt
 
 def _of_floats(model: LazyModel, tokens: Tensor, micro_batch: int) -> Evaluation:
     decoder = Decoder(model.model.get_decoder(), model.blocks)
-    batches = enter(decoder, tokens, micro_batch)
+    batches = enter(decoder, tokens.split(micro_batch))
     for index in range(len(model.blocks)):
         advance(model.load_block(index), index, batches)
         model.release_block(index)

@@ -54,6 +54,8 @@ class Store(Protocol):
     ) -> None: ...
 
 
+_ROOM = 4 << 30  # bytes that what is rounded side by side may take for its factors
+_FACTORS = 4 * torch.float64.itemsize  # of these, for an entry of H
 # A Hessian of fewer tokens than this share of its width says little; such experts are rounded to nearest.
 MIN_TOKENS_PER_FEATURE = 1 / 16
 
@@ -94,21 +96,26 @@ def round_groups(
     """Round every weight of `groups` that has a target in `mix`; rows of a group that become one format are swept
     together, but for those that make a head of `attention`. Each of `ranks` sweeps some of the rows.
 
-    Groups do not read one another: on a CPU as many as torch has threads go side by side, experts above all.
+    Groups of a stop do not read one another; experts go side by side, as many as `together` says.
 
     Afterwards `matrix.quantized` holds the stored values, and `store` the blocks.
     """
     parts = [part for group in groups for part in _by_format(group, plan, mix)]
-    device = groups[0].stats.device
-    at_once = torch.get_num_threads() if device.type == "cpu" and ranks.world == 1 else 1
-    for first in range(0, len(parts), at_once):
+    device = groups[0].matrices[0].weight.device
+    count = together(len(groups), groups[0].stats.features, device) if ranks.world == 1 else 1
+    for first in range(0, len(parts), count):
         finished = side_by_side(
-            lambda rows: _rounded(rows, plan, rounder, settings, attention, ranks),
-            parts[first : first + at_once],
-            device,
+            lambda rows: _rounded(rows, plan, rounder, settings, attention, ranks), parts[first : first + count], device
         )
         for each in finished:
             yield from _stored(each, plan, mix, store, attention)
+
+
+def together(groups: int, features: int, device: torch.device) -> int:
+    """How many of so many groups with inputs of `features` are rounded side by side, each on one thread: as many as
+    torch has threads, if there are that many, and if their factors find room; else one after another on all threads."""
+    threads = torch.get_num_threads() if device.type == "cpu" else 1
+    return max(1, min(threads, _ROOM // (_FACTORS * features**2))) if 1 < threads <= groups else 1
 
 
 def _by_format(group: Group, plan: Destinations, mix: Mix) -> Iterator[_Rows]:

@@ -12,8 +12,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from qronos_export.precision import Linear
 from qronos_export.statistics import LayerStats
 from qronos_export.suspended import Activation, Routed, expert_inner
 
@@ -23,9 +25,12 @@ ENOUGH_TOKENS_PER_FEATURE = 4.0  # docs/measurements.md, "Experts that see few t
 class Loans:
     """Of one experts module, in one quantized stream."""
 
-    def __init__(self, experts: Any, quantized: Any, activation: Activation | None, tokens: int) -> None:
-        """`activation` rounds what "up" reads in the quantized stream; `tokens` are those counted in all processes."""
-        self._experts, self._quantized, self._tokens = experts, quantized, tokens
+    def __init__(
+        self, experts: Any, quantized: Any, activation: Activation | None, tokens: int, linear: Linear = F.linear
+    ) -> None:
+        """`activation` rounds what "up" reads in the quantized stream; `tokens` are those counted in all processes;
+        `linear` multiplies by the weights."""
+        self._experts, self._quantized, self._tokens, self._linear = experts, quantized, tokens, linear
         self._activation: Callable[[Tensor], Tensor] = activation or (lambda x: x)
         self._own: list[int] = []
         self._read: dict[int, int] = {}  # expert -> tokens offered at "down" so far
@@ -53,8 +58,8 @@ class Loans:
         steps = (torch.arange(start, end + 1, dtype=torch.float64, device=x.hidden.device) * share).floor()
         rows = steps.diff().nonzero()[:, 0]  # the same tokens however they are batched
         return (
-            expert_inner(self._experts, expert, x.hidden[rows]),
-            expert_inner(self._quantized, expert, self._activation(x_hat.hidden[rows])),
+            expert_inner(self._experts, expert, x.hidden[rows], self._linear),
+            expert_inner(self._quantized, expert, self._activation(x_hat.hidden[rows]), self._linear),
         )
 
     def settle(self, stats: Sequence[LayerStats]) -> None:

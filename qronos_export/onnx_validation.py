@@ -133,7 +133,7 @@ def _through(
 ) -> tuple[Decoder, list[MicroBatch]]:
     """The decoder, and `tokens` after its last block."""
     decoder = Decoder(model.model.get_decoder(), model.blocks)
-    batches = enter(decoder, tokens, micro_batch)
+    batches = enter(decoder, tokens.split(micro_batch))
     count = len(model.blocks)
     for index in range(count):
         advance(model.load_block(index), index, batches)

@@ -11,7 +11,7 @@ that torch takes by itself uses half of an AMD processor's vectors, and nothing 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache, partial
+from functools import cache
 from typing import Any
 
 import torch
@@ -33,7 +33,7 @@ def hasten(model: nn.Module) -> None:
     """Have the linear layers of `model` multiply as `linear` does in float32, where no gradient is asked for."""
     for part in model.modules():
         if type(part) is nn.Linear:
-            part.forward = partial(_forward, part)  # type: ignore[method-assign]
+            part.__class__ = _Linear  # a forward of its own would make a cycle, and keep its weight alive
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
@@ -41,23 +41,21 @@ def product(a: Tensor, b: Tensor) -> Tensor:
     return _in_float32(a, b, None)
 
 
-def accumulate(total: Tensor, a: Tensor, b: Tensor, keep: float, gain: float) -> None:
-    """keep · `total` + gain · a bᵀ, in place, of a [n, k] and b [m, k], whose rows best lie in one piece."""
-    if not _by_onednn(a, b):
-        total.addmm_(a, b.T, beta=keep, alpha=gain)
-        return
+def accumulate(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """Add a bᵀ, of a [n, k] and b [m, k] whose rows best lie in one piece, to `total` [n, m], of any precision."""
     width = -(-len(a) // _PANELS)
     for start in range(0, len(a), width):
         rows = slice(start, start + width)
-        total[rows].mul_(keep).add_(product(a[rows], b), alpha=gain)
+        total[rows].add_(product(a[rows], b))
 
 
-def _forward(layer: nn.Linear, x: Tensor) -> Tensor:
-    return _in_float32(x, layer.weight, layer.bias)
+class _Linear(nn.Linear):
+    def forward(self, input: Tensor) -> Tensor:
+        return _in_float32(input, self.weight, self.bias)
 
 
 def _in_float32(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    if _by_onednn(x, weight):
+    if _by_onednn(x, weight, bias):
         found: Tensor = _onednn()(x, weight, bias, "none", [], "")
         return found
     return F.linear(x, weight, bias)
@@ -68,12 +66,14 @@ def _in_bfloat16(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return found if bias is None else found.add_(bias)
 
 
-def _by_onednn(x: Tensor, weight: Tensor) -> bool:
+def _by_onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    given = [x, weight] if bias is None else [x, weight, bias]
     return (
         x.device.type == "cpu"
-        and x.dtype == weight.dtype == torch.float32
         and x.numel() * len(weight) >= _WORTH_IT
-        and not (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad))
+        and all(each.dtype == torch.float32 for each in given)
+        and (bias is None or bias.is_contiguous())
+        and not (torch.is_grad_enabled() and any(each.requires_grad for each in given))
         and _onednn() is not None
     )
 

@@ -64,9 +64,10 @@ class Ranks:
         torch.cuda.set_device(self.local)  # else pinned memory and "cuda" are of the first GPU in every process
         return pick_device(f"cuda:{self.local}")
 
-    def share(self, tokens: Tensor) -> Tensor:
-        """The sequences of `tokens` [sequences, length] that this process runs."""
-        return tokens[self.rank :: self.world]
+    def share(self, tokens: Tensor, micro_batch: int) -> tuple[Tensor, ...]:
+        """The micro-batches, of `tokens` [sequences, length], that this process runs: those of a process alone, dealt
+        out in turn; smaller ones where these are fewer than processes."""
+        return tokens.split(max(1, min(micro_batch, len(tokens) // self.world)))[self.rank :: self.world]
 
     def owners(self, count: int, together: Sequence[Tensor]) -> Tensor:
         """Which process rounds each of `count` rows: int64 [count]. Those of each of `together` go to one."""
@@ -88,29 +89,25 @@ class Ranks:
         """Make each of `stats` that of the tokens of all processes."""
         if self.world == 1:
             return
-        counts = torch.tensor([[each.tokens, each.held.tokens if each.held else 0] for each in stats])
-        totals = counts.clone()
+        totals = torch.tensor([[each.tokens, each.held.tokens if each.held else 0] for each in stats])
         _all_reduce(totals)
-        for each, (own, _), (total, held) in zip(stats, counts.tolist(), totals.tolist(), strict=True):
+        for each, (total, held) in zip(stats, totals.tolist(), strict=True):
             if held:
                 each.held = each.held or LayerStats(each.features, each.device)
-                self._sum(each.held, each.held.tokens, held)
+                self._sum(each.held, held)
             if total:
-                self._sum(each, own, total)
+                self._sum(each, total)
 
-    def _sum(self, stats: LayerStats, own: int, total: int) -> None:
-        for moment in stats.moments:
-            moment.mul_(own / total)
+    def _sum(self, stats: LayerStats, total: int) -> None:
+        for moment in stats.sums:
             _all_reduce(moment)
         stats.tokens = total
 
-    def pool(self, mean: Tensor, own: int) -> None:
-        """Make `mean`, over `own` tokens, that over the tokens of all processes."""
+    def sum(self, *found: Tensor) -> None:
+        """Make each of `found` the sum of all processes'."""
         if self.world > 1:
-            total = torch.tensor(own)
-            _all_reduce(total)
-            mean.mul_(own / int(total))
-            _all_reduce(mean)
+            for each in found:
+                _all_reduce(each)
 
     def largest(self, found: Tensor) -> None:
         """Make `found` the largest of all processes', number by number."""

@@ -2,9 +2,9 @@
 
     hessian  H = X̂ᵀX̂ / tokens      cross  G = XᵀX̂ / tokens      [features, features], float32
 
-X are the float model's inputs, X̂ the quantized model's, tokens are rows (Qronos, arXiv 2505.11695). Both are running
-means, as is that of X̂ itself, and do not depend on how tokens were batched. H is symmetric: only its upper panels are
-computed.
+X are the float model's inputs, X̂ the quantized model's, tokens are rows (Qronos, arXiv 2505.11695). Both are means, as
+is that of X̂ itself. Products of a batch are of float32 and are summed in float64, so that neither the order of batches
+nor who runs which of them shows in what is rounded. H is symmetric: only its upper panels are computed.
 """
 
 from __future__ import annotations
@@ -18,46 +18,46 @@ _PANELS = 4  # H's upper triangle in 4 × 4 panels costs 10/16 of the full produ
 
 
 class LayerStats:
-    """H, G and the number of tokens behind them, for one input shared by some linears."""
+    """H, G and the number of tokens behind them, for one input shared by some linears.
+
+    Sums while tokens come in, float32 means once they are asked for (or `settle` is called).
+    """
 
     def __init__(self, features: int, device: torch.device | str = "cpu") -> None:
         self.features = features
         self.tokens = 0
         self.borrowed = 0  # of these tokens, how many others read
         self.held: LayerStats | None = None  # of those tokens that were held out
-        self._hessian = torch.zeros(features, features, device=device)
-        self._cross = torch.zeros(features, features, device=device)
-        self._mean = torch.zeros(features, device=device)
+        self.device = torch.device(device)
+        self._means: tuple[Tensor, Tensor, Tensor] | None = None
+        self._sums: tuple[Tensor, Tensor, Tensor] | None = None
 
     @classmethod
     def of(cls, hessian: Tensor, cross: Tensor, tokens: int) -> LayerStats:
         """From second moments that are known already, float32 [features, features] each, of inputs of mean zero."""
         stats = cls(len(hessian), hessian.device)
-        stats.tokens, stats._hessian, stats._cross = tokens, hessian, cross
+        stats.tokens, stats._means = tokens, (hessian, cross, torch.zeros_like(hessian[0]))
         return stats
 
     def update(self, x: Tensor, x_hat: Tensor, *, held: bool = False) -> None:
         """Add one batch of the same tokens in both streams: float [tokens, features] each; `held` keeps its moments
         apart as well."""
-        new = x.shape[0]
-        if new == 0:
+        if x.shape[0] == 0:
             return
         if held:
-            self.held = self.held or LayerStats(self.features, self._hessian.device)
+            self.held = self.held or LayerStats(self.features, self.device)
             self.held.update(x, x_hat)
-        total = self.tokens + new
-        keep, gain = self.tokens / total, 1.0 / total
         x, x_hat = by_features(x), by_features(x_hat)
-        self._mean.mul_(keep).add_(x_hat.sum(1), alpha=gain)
-        accumulate(self._cross, x, x_hat, keep, gain)
-        add_squares(self._hessian, x_hat, keep, gain)
-        self.tokens = total
+        hessian, cross, mean = self.sums
+        add_squares(hessian, x_hat)
+        accumulate(cross, x, x_hat)
+        mean.add_(x_hat.sum(1, dtype=torch.float64))
+        self.tokens += x.shape[1]
 
     def borrow(self, other: LayerStats, tokens: int) -> None:
         """Add `other` with the weight of so many tokens."""
-        share = tokens / (self.tokens + tokens)
-        for moment, theirs in zip(self.moments, other.moments, strict=True):
-            moment.lerp_(theirs, share)
+        for mine, theirs in zip(self.sums, other.sums, strict=True):
+            mine.add_(theirs, alpha=tokens / other.tokens)
         self.tokens += tokens
         self.borrowed += tokens
 
@@ -71,25 +71,39 @@ class LayerStats:
         )
 
     @property
-    def device(self) -> torch.device:
-        return self._cross.device
+    def sums(self) -> tuple[Tensor, Tensor, Tensor]:
+        """ΣX̂ᵀX̂ (above its diagonal), ΣXᵀX̂ and ΣX̂ in float64, to be added to in place together with `tokens`."""
+        if self._sums is None:
+            if self._means:
+                hessian, cross, mean = (each.double() * self.tokens for each in self._means)
+                self._sums, self._means = (hessian, cross, mean), None
+            else:
+                square = torch.zeros(self.features, self.features, dtype=torch.float64, device=self.device)
+                self._sums = square, torch.zeros_like(square), square.new_zeros(self.features)
+        return self._sums
 
-    @property
-    def moments(self) -> tuple[Tensor, Tensor, Tensor]:
-        """What is kept, to be summed in place over processes, each weighed by its share of the tokens."""
-        return self._hessian, self._cross, self._mean
+    def settle(self) -> tuple[Tensor, Tensor, Tensor]:
+        """H, G and the mean of X̂, float32, in half the memory of the sums; what was held out settles as well."""
+        if self.held:
+            self.held.settle()
+        if self._means is None:
+            (hessian, cross, mean), self._sums = self.sums, None
+            gain = 1 / max(1, self.tokens)
+            hessian = symmetric(hessian.mul_(gain).to(torch.float32))
+            self._means = hessian, cross.mul_(gain).to(torch.float32), mean.mul_(gain).to(torch.float32)
+        return self._means
 
     @property
     def hessian(self) -> Tensor:
-        return symmetric(self._hessian)
+        return self.settle()[0]
 
     @property
     def cross(self) -> Tensor:
-        return self._cross
+        return self.settle()[1]
 
     @property
     def mean(self) -> Tensor:
-        return self._mean
+        return self.settle()[2]
 
 
 def by_features(x: Tensor) -> Tensor:
@@ -98,12 +112,11 @@ def by_features(x: Tensor) -> Tensor:
     return x.contiguous() if x.device.type == "cpu" else x
 
 
-def add_squares(moment: Tensor, x: Tensor, keep: float, gain: float) -> None:
-    """keep · `moment` + gain · xxᵀ in place, of x float32 [features, tokens]; below the diagonal only what panels of
-    columns have there."""
+def add_squares(total: Tensor, x: Tensor) -> None:
+    """Add xxᵀ of x float32 [features, tokens] to `total`; below the diagonal only what panels of columns have there."""
     width = -(-len(x) // _PANELS)
     for start in range(0, len(x), width):
-        accumulate(moment[start : start + width, start:], x[start : start + width], x[start:], keep, gain)
+        accumulate(total[start : start + width, start:], x[start : start + width], x[start:])
 
 
 def symmetric(moment: Tensor) -> Tensor:

@@ -104,13 +104,14 @@ class Walk:
 
         clock.lap(None)
         apart = held_out(len(tokens), recipe.holds_out_one_in)
-        self.batches += enter(decoder, ranks.share(tokens[~apart]), recipe.micro_batch, shelf=shelf)
+        self.batches += enter(decoder, ranks.share(tokens[~apart], recipe.micro_batch), shelf=shelf)
         if bool(apart.any()):
-            self.batches += enter(decoder, ranks.share(tokens[apart]), recipe.micro_batch, held=True, shelf=shelf)
+            self.batches += enter(decoder, ranks.share(tokens[apart], recipe.micro_batch), held=True, shelf=shelf)
         self._counted = list(self.batches)
-        (self._probe,) = enter(decoder, tokens[:1], 1)  # how a block rotates by position shows on any hidden states
+        (self._probe,) = enter(decoder, [tokens[:1]])  # how a block rotates by position shows on any hidden states
         if passengers:
-            passengers.batches = enter(decoder, passengers.tokens, recipe.micro_batch, counted=False, shelf=shelf)
+            batches = passengers.tokens.split(recipe.micro_batch)
+            passengers.batches = enter(decoder, batches, counted=False, shelf=shelf)
             self.batches += passengers.batches
         clock.lap("forward")
 

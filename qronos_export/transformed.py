@@ -141,9 +141,9 @@ def _apply(
     """Transform all of `checkpoint`, written to `target`, if there is one."""
     model = LazyModel(checkpoint, tokens.device)
     decoder = Decoder(model.model.get_decoder(), model.blocks)
-    (probe,) = enter(decoder, tokens[:1, :_PROBED], 1)
-    some = ranks.share(tokens[_spread(len(tokens), max(SEQUENCES, ranks.world))])
-    batches = enter(decoder, some, micro_batch) if transform.needs_inputs else []
+    (probe,) = enter(decoder, [tokens[:1, :_PROBED]])
+    some = tokens[_spread(len(tokens), max(SEQUENCES, ranks.world))]
+    batches = enter(decoder, ranks.share(some, micro_batch)) if transform.needs_inputs else []
     head, tied = model.head, model.tied
     if head is None:
         raise TransformError("it has no output matrix")
@@ -170,7 +170,7 @@ def whole(model: LazyModel, tokens: Tensor) -> Whole:
     if model.head is None:
         raise TransformError("it has no output matrix")
     decoder = Decoder(model.model.get_decoder(), model.blocks)
-    (probe,) = enter(decoder, tokens[:1, :_PROBED], 1)
+    (probe,) = enter(decoder, [tokens[:1, :_PROBED]])
     blocks = [model.load_block(index) for index in range(len(model.blocks))]
     anatomies = [dissect(block, probe.x, probe.arguments[index]) for index, block in enumerate(blocks)]
 
@@ -199,21 +199,23 @@ def _observe(
     places = [reader.name for norm in anatomy.norms for reader in norm.readers[:1]]
     places += [pair.second.name for pair in anatomy.pairs if pair.is_linear and pair.second.name in modules]
     stats: dict[str, InputStats] = {}
-    seen: dict[str, int] = {}
+    seen: dict[str, Tensor] = {}
+    count = torch.tensor(len(batches))
+    ranks.sum(count)
 
     def hook(name: str) -> None:
         def observe(_: nn.Module, args: tuple[Tensor, ...]) -> None:
             x = args[0].flatten(0, -2).float()
-            before, total = seen.get(name, 0), seen.get(name, 0) + len(x)
             if name not in stats:
-                zeros = torch.zeros(x.shape[1], x.shape[1], device=x.device)
-                stats[name] = InputStats(zeros, zeros[0].clone(), x[:0])
+                sums = torch.zeros(x.shape[1], x.shape[1], dtype=torch.float64, device=x.device)
+                stats[name] = InputStats(sums, torch.zeros_like(x[0]), x[:0])
+                seen[name] = torch.tensor(0)
             known = stats[name]
-            add_squares(known.hessian, by_features(x), before / total, 1 / total)
+            add_squares(known.hessian, by_features(x))
             known.largest = torch.maximum(known.largest, x.abs().amax(0))
-            share = -(-_SAMPLE // (len(batches) * ranks.world))
+            share = -(-_SAMPLE // int(count))
             known.sample = torch.cat([known.sample, x[:: max(1, len(x) // share)][:share]])
-            seen[name] = total
+            seen[name] += len(x)
 
         handles.append(modules[name].register_forward_pre_hook(observe))
 
@@ -229,8 +231,8 @@ def _observe(
         for handle in handles:
             handle.remove()
     for name, known in ((place, stats[place]) for place in dict.fromkeys(places) if place in stats):
-        known.hessian = symmetric(known.hessian)
-        ranks.pool(known.hessian, seen[name])
+        ranks.sum(known.hessian, seen[name])
+        known.hessian = symmetric((known.hessian / int(seen[name])).to(torch.float32))
         ranks.largest(known.largest)
         known.sample = ranks.joined(known.sample)
     return stats
@@ -241,7 +243,7 @@ def logits(checkpoint: Checkpoint, tokens: Tensor) -> Tensor:
     """What the head returns, before any cap of the model's: float32 [sequences, length, vocabulary], block by block."""
     model = LazyModel(checkpoint, tokens.device)
     decoder = Decoder(model.model.get_decoder(), model.blocks)
-    batches = enter(decoder, tokens, len(tokens))
+    batches = enter(decoder, [tokens])
     for index in range(len(model.blocks)):
         advance(model.load_block(index), index, batches)
         model.release_block(index)

@@ -57,7 +57,9 @@ INSIDE = {  # a module of qronos_export, and what else of qronos_export it may i
         "artifact", "budget", "checkpoint", "choice", "llamacpp", "output", "plan", "preconditions", "proof",
         "provenance", "recipe", "rehearsal", "resolved", "survey", "transformed", "transforms", "workspace",
     },
-    "budget": {"checkpoint", "recipe", "rehearsal", "streams", "survey", "transformed", "transforms", "workspace"},
+    "budget": {
+        "checkpoint", "layers", "recipe", "rehearsal", "streams", "survey", "transformed", "transforms", "workspace",
+    },
     "survey": {"attention", "calibration", "checkpoint", "corpus", "decoder", "live", "suspended"},
     "rehearsal": {"artifact", "calibration", "layers", "live", "plan", "rounding", "transforms"},
     "live": set(),

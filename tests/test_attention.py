@@ -178,7 +178,7 @@ def read(model: LazyModel) -> tuple[Attention, Tensor, LayerStats]:
     """The first block's attention, some hidden states, and the statistics of what its q, k and v read."""
     decoder = Decoder(model.model.get_decoder(), model.blocks)
     ids = torch.randint(5, model.embedding.num_embeddings, (3, 16), generator=torch.Generator().manual_seed(0))
-    batches = enter(decoder, ids, 3)
+    batches = enter(decoder, ids.split(3))
     block, name = model.load_block(0), model.block_names[0]
     attention = read_attention(block, name, batches[0].x, batches[0].arguments[0])
     assert attention is not None

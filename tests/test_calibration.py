@@ -44,7 +44,7 @@ def walk(
 ) -> Iterator[tuple[Group, list]]:
     """Every group of the model, in order, with the micro-batches (whose states are final once this is exhausted)."""
     decoder = Decoder(model.model.get_decoder(), model.blocks)
-    batches = enter(decoder, ids, batch)
+    batches = enter(decoder, ids.split(batch))
     add_stream(decoder, model.embedding, model.embedding.weight if embedding is None else embedding, batches)
     for index, name in enumerate(model.block_names):
         block = model.load_block(index)
@@ -107,7 +107,7 @@ def test_streams_side_by_side_are_streams_alone(model: LazyModel) -> None:
 
     def run(chosen: list[int]) -> dict[tuple[int, str], Tensor]:
         decoder = Decoder(model.model.get_decoder(), model.blocks)
-        batches = enter(decoder, ids, 4)
+        batches = enter(decoder, ids.split(4))
         for _ in chosen:
             add_stream(decoder, model.embedding, model.embedding.weight, batches)
         seen = {}
@@ -173,7 +173,7 @@ def test_a_block_leaves_nothing_behind(model: LazyModel, again: bool) -> None:
     copies: list[weakref.ref[nn.Module]] = []
     runtime = Runtime(prepare=lambda block, name: copies.append(weakref.ref(block)))
     decoder = Decoder(model.model.get_decoder(), model.blocks)
-    batches = enter(decoder, tokens(model), 2)
+    batches = enter(decoder, tokens(model).split(2))
     add_stream(decoder, model.embedding, model.embedding.weight, batches)
     block, name = model.load_block(0), model.block_names[0]
     gc.collect()
@@ -191,7 +191,7 @@ def offloaded(model: LazyModel, shelf: Shelf, ids: Tensor) -> tuple[dict, list[T
     """A walk with two quantized streams, whose hidden states wait on `shelf`: H and G by stream and weight, the float
     and the second stream at the end, and the most bytes of tensors that were alive in blocks."""
     decoder = Decoder(model.model.get_decoder(), model.blocks)
-    batches = enter(decoder, ids, 2, shelf=shelf)
+    batches = enter(decoder, ids.split(2), shelf=shelf)
     for weight in (model.embedding.weight, coarse(model.embedding.weight)):
         add_stream(decoder, model.embedding, weight, batches)
     seen, peak, again = {}, 0, shelf.offload != "none"
@@ -351,7 +351,7 @@ def test_each_block_runs_once_per_stream(model: LazyModel) -> None:
 
     ids = tokens(model)
     decoder = Decoder(model.model.get_decoder(), model.blocks)
-    batches = enter(decoder, ids, 2)
+    batches = enter(decoder, ids.split(2))
     for _ in range(2):
         add_stream(decoder, model.embedding, model.embedding.weight, batches)
     kind = type(model.blocks[0].get_submodule(norm))
@@ -441,7 +441,7 @@ def test_the_quantized_stream_starts_from_the_quantized_embedding(tmp_path: Path
     ids = tokens(model)
     table = model.embedding.weight.clone()
     decoder = Decoder(model.model.get_decoder(), model.blocks)
-    batches = enter(decoder, ids, 4)
+    batches = enter(decoder, ids.split(4))
     add_stream(decoder, model.embedding, coarse(table), batches)
     assert torch.equal(model.embedding.weight, table)
     assert torch.equal(torch.cat([b.x for b in batches]), table[ids])

@@ -117,7 +117,6 @@ def offline_datasets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterato
     datasets.enable_progress_bars()
 
 
-@pytest.mark.usefixtures("offline_datasets")
 def test_tokens_are_drawn_by_their_probability() -> None:
     logits = torch.tensor([2.0, 1.0, -torch.inf, 0.0, 3.0, -60.0])
     with torch.random.fork_rng():

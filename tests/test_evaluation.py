@@ -32,6 +32,7 @@ from qronos_export.recipe import ACTIVATIONS as NAMES
 from qronos_export.recipe import Recipe, load_recipe, shipped
 from qronos_export.resolved import matched
 from qronos_export.streams import Passengers, calibrate
+from tests.devices import DEVICES
 from tests.families import FAMILIES, make
 
 
@@ -42,34 +43,36 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def measure(model: Path, recipe: Recipe | None, text: Path, chunks: int = 6) -> Evaluation:
-    *_, done = evaluate(str(model), recipe, Held(text, 64, chunks), device="cpu", micro_batch=2)
+def measure(model: Path, recipe: Recipe | None, text: Path, chunks: int = 6, device: str = "cpu") -> Evaluation:
+    *_, done = evaluate(str(model), recipe, Held(text, 64, chunks), device=device, micro_batch=2)
     assert isinstance(done, Evaluated)
     return done.evaluation
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_perplexity_is_the_models_own(family: str, text: Path, tmp_path: Path) -> None:
+def test_perplexity_is_the_models_own(family: str, device: str, text: Path, tmp_path: Path) -> None:
     """Block by block as by transformers in one piece, whatever the family does to its logits."""
     checkpoint = open_checkpoint(str(make(family, tmp_path / "tiny")))
     tokens = held_out_tokens(text, checkpoint, 64, 6)
     with torch.no_grad():
         logits = load_whole(checkpoint)(tokens).logits.float()
     losses = F.cross_entropy(logits[:, 32:-1].flatten(0, 1), tokens[:, 33:].flatten(), reduction="none").double()
-    found = measure(checkpoint.folder, None, text)
+    found = measure(checkpoint.folder, None, text, device=device)
     assert found.perplexity_reference == pytest.approx(math.exp(losses.mean()), rel=1e-5)
     error = math.exp(losses.mean()) * losses.std(correction=0) / math.sqrt(len(losses) - 1)
     assert found.perplexity_reference_error == pytest.approx(float(error), rel=1e-4)
     assert (found.chunks, found.context, found.kl_divergence) == (6, 64, None)
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("family", ["llama", "llama_tied", "qwen3_moe", "gemma3"])
-def test_finer_is_closer(family: str, text: Path, tmp_path: Path) -> None:
+def test_finer_is_closer(family: str, device: str, text: Path, tmp_path: Path) -> None:
     model = make(family, tmp_path / "tiny")
     recipe = Recipe(str(model), "INT8_G32", calibration=str(text), samples=6, sequence_length=64)
 
     def kl(**changes: str) -> float:
-        found = measure(model, replace(recipe, **changes), text)
+        found = measure(model, replace(recipe, **changes), text, device=device)
         assert found.kl_divergence is not None and found.kl_divergence_error is not None
         assert 0 < found.kl_divergence_error < found.kl_divergence
         return found.kl_divergence
@@ -247,7 +250,7 @@ def test_online_rotations_keep_the_function(family: str, name: str, tmp_path: Pa
 def test_incoherent_layers_that_share_an_input_stay_a_group(tmp_path: Path) -> None:
     model = online_model(["quip"], open_checkpoint(str(make("llama", tmp_path / "tiny"))))
     decoder = Decoder(model.model.get_decoder(), model.blocks)
-    batches = enter(decoder, torch.randint(5, 1000, (4, 24)), 2)
+    batches = enter(decoder, torch.randint(5, 1000, (4, 24)).split(2))
     add_stream(decoder, model.embedding, model.embedding.weight, batches)
     stops = walk(model.load_block(0), 0, "block", batches, lambda _: True, Clock())
     assert [len(group.matrices) for _, groups in stops for group in groups] == [3, 1, 2, 1]

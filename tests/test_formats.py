@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from formats import FORMATS, BlockFormat, DenormalGrid, FormatError, Grid, IntegerGrid, TernaryGrid, find_format
+from tests.devices import DEVICES
 
 INTEGERS = [IntegerGrid(bits, group, symmetric=even) for bits in (2, 3, 4, 8) for group in (32, 256) for even in (0, 1)]
 INTEGERS += [TernaryGrid(64), DenormalGrid(3, 64), DenormalGrid(4, 32), DenormalGrid(8, 64)]
@@ -47,17 +48,18 @@ def test_floats_are_casts(fmt: BlockFormat) -> None:
     assert bool(torch.isfinite(stored).all())
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("fmt", BLOCKS, ids=repr)
 @pytest.mark.parametrize("edge", EDGES)
-def test_degenerate_blocks_are_normal_input(fmt: BlockFormat, edge: str) -> None:
-    weights = EDGES[edge][None]
+def test_degenerate_blocks_are_normal_input(fmt: BlockFormat, edge: str, device: str) -> None:
+    weights = EDGES[edge][None].to(device)
     stored = fmt.dequantize(fmt.quantize(weights))
     assert bool(torch.isfinite(stored).all())
     if edge in ("zeros", "constant", "alternating"):
         # Powers of two, and codebooks that lack −level for some level, cannot hit every constant.
         coarse = fmt.name.startswith(("MX", "NV", "IQ4"))
         assert float((stored - weights).abs().max()) <= (0.15 if coarse else 1e-3) * float(weights.abs().max())
-    with_weights = fmt.dequantize(fmt.quantize(weights, torch.zeros(256)))
+    with_weights = fmt.dequantize(fmt.quantize(weights, torch.zeros(256, device=device)))
     assert bool(torch.isfinite(with_weights).all())
 
 

@@ -40,7 +40,7 @@ def test_only_the_quantized_stream_attends_to_rounded_ones(
     assert head_sizes(model) == {32}
     ids = torch.randint(5, 1000, (4, 24), generator=torch.Generator().manual_seed(0))
     decoder = Decoder(model.model.get_decoder(), model.blocks)
-    batches = enter(decoder, ids, 2)
+    batches = enter(decoder, ids.split(2))
     add_stream(decoder, model.embedding, model.embedding.weight, batches)
     runtime = Runtime(prepare=lambda block, name: round_cache(block, q4_0, q4_1))
     for index, name in enumerate(model.block_names):

@@ -20,6 +20,7 @@ from qronos_export.rounding.refine import _scales
 from qronos_export.rounding.sweep import DivergedError, sweep
 from qronos_export.statistics import LayerStats
 from tests import naive
+from tests.devices import DEVICES
 
 Q4, Q8 = FORMATS["Q4_0"], FORMATS["Q8_0"]
 BLOCKS = [
@@ -30,15 +31,18 @@ BLOCKS = [
 ]
 
 
-def problem(rows: int = 12, columns: int = 64, tokens: int = 600, drift: float = 0.2, seed: int = 0):
+def problem(
+    rows: int = 12, columns: int = 64, tokens: int = 600, drift: float = 0.2, seed: int = 0, device: str = "cpu"
+):
     """Correlated inputs X, drifted inputs X̂, weights, and their statistics."""
     torch.manual_seed(seed)
     mixing = torch.randn(columns, columns) * 0.3 + torch.eye(columns)
     x = torch.randn(tokens, columns) @ mixing
     x_hat = x + drift * torch.randn(tokens, columns) @ mixing
-    stats = LayerStats(columns)
+    x, x_hat, weight = x.to(device), x_hat.to(device), (torch.randn(rows, columns) * 0.05).to(device)
+    stats = LayerStats(columns, device)
     stats.update(x, x_hat)
-    return torch.randn(rows, columns) * 0.05, stats, x, x_hat
+    return weight, stats, x, x_hat
 
 
 def fixed(fmt: BlockFormat, weight: Tensor) -> tuple[object, naive.Nearest]:
@@ -354,10 +358,11 @@ def test_mismatch_is_what_projection_recovers() -> None:
     assert bool((mismatch > 0).all())
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("fmt", BLOCKS, ids=repr)
-def test_order_of_quality(fmt: BlockFormat) -> None:
+def test_order_of_quality(fmt: BlockFormat, device: str) -> None:
     """On drifted, correlated inputs the output error falls from rtn to gptq to qronos, in every format."""
-    weight, stats, x, x_hat = problem(rows=64, columns=256, tokens=4000)
+    weight, stats, x, x_hat = problem(rows=64, columns=256, tokens=4000, device=device)
     error, without_drift = {}, {}
     # Errors of two or three levels are so large that passing on all of them overshoots: λ has to hold them back.
     damping = 0.1 if fmt.bits_per_weight < 2.1 else 1e-3
@@ -470,15 +475,17 @@ def test_dead_inputs_do_not_bend_the_scales_of_living_ones(fmt: BlockFormat) -> 
     assert float((results[0] != results[1]).float().mean()) < 0.02
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("name", ROUNDERS)
 @pytest.mark.parametrize("fmt", BLOCKS, ids=repr)
-def test_rounders_are_deterministic_and_storable(name: str, fmt: BlockFormat) -> None:
-    weight, stats, *_ = problem(columns=256)
+def test_rounders_are_deterministic_and_storable(name: str, fmt: BlockFormat, device: str) -> None:
+    weight, stats, *_ = problem(columns=256, device=device)
     settings = Settings(0.01, 0.5, "natural")
     one, two = (ROUNDERS[name](weight, stats, fmt, settings).weight for _ in range(2))
     assert torch.equal(one.blocks, two.blocks)
     codes, grid = fmt.unpack(one.blocks)
-    assert torch.equal(fmt.pack(codes, grid), one.blocks)
+    assert torch.equal(fmt.pack(codes, grid), one.blocks) and one.blocks.device == weight.device
+    assert torch.equal(one.dequantize().cpu(), fmt.dequantize(one.blocks.cpu()))
 
 
 def test_rows_are_independent() -> None:

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from qronos_export import precision
 from qronos_export.statistics import LayerStats
+from tests.devices import DEVICES
 
 
 @settings(deadline=None)  # the first product of a process sets things up
@@ -33,9 +34,27 @@ def test_batching_does_not_matter(tokens: int, features: int, cuts: list[int], s
     assert torch.equal(stats.hessian, stats.hessian.T)
 
 
-def test_low_precision_inputs_accumulate_in_float32() -> None:
-    x = torch.randn(500, 16).to(torch.bfloat16)
-    stats = LayerStats(16)
+def test_the_order_of_batches_does_not_show() -> None:
+    """Nor who adds which, nor that moments were asked for in between."""
+    batches = torch.randn(12, 2, 40, 24)
+    found = []
+    for order, asked in ((range(12), False), (torch.randperm(12).tolist(), False), (range(11, -1, -1), True)):
+        stats, other = LayerStats(24), LayerStats(24)
+        for number in order:
+            (stats if number % 3 else other).update(*batches[number], held=number % 2 == 0)
+            if asked:
+                stats.settle()
+        stats.borrow(other, other.tokens)
+        found.append(stats.settle())
+    for first, second, third in zip(*found, strict=True):
+        assert torch.equal(first, second)
+        torch.testing.assert_close(first, third, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_low_precision_inputs_accumulate_in_float32(device: str) -> None:
+    x = torch.randn(500, 16, device=device).to(torch.bfloat16)
+    stats = LayerStats(16, device)
     for part in x.split(7):
         stats.update(part, part)
     exact = x.double().T @ x.double() / 500
@@ -54,8 +73,8 @@ def test_products_are_of_whole_float32(whose: str, monkeypatch: pytest.MonkeyPat
     bias = torch.randn(200)
     torch.testing.assert_close(precision.linear("float32")(a, b[0], bias), found + bias)
     total, sums = torch.ones(200, 200), a[0].double() @ b[0].double().T
-    precision.accumulate(total, a[0], b[0], 0.25, 0.5)
-    torch.testing.assert_close(total, (0.25 + 0.5 * sums).float(), rtol=1e-6, atol=3e-6)
+    precision.accumulate(total, a[0], b[0])
+    torch.testing.assert_close(total, (1 + sums).float(), rtol=1e-6, atol=3e-6)
 
 
 def test_products_have_gradients_where_asked_for() -> None:
