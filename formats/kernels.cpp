@@ -337,7 +337,7 @@ template <class F> static void with_levels(const float *table, float low, float 
 // Where `scales` are given, `sums` are errors [groups], else moments [3, groups].
 extern "C" void group_sums(long size, long groups, const float *x, const float *importance, const float *table,
                            float low, float high, float per_unit, const float *inverse, const float *offset,
-                           const float *origin, const float *scales, float *sums) {
+                           const float *code, const float *scales, float *sums) {
     with_levels(table, low, high, per_unit, [&](auto levels) {
         over_groups(groups, [&](auto zero, long first) {
             using V = decltype(zero);
@@ -347,7 +347,7 @@ extern "C" void group_sums(long size, long groups, const float *x, const float *
                 store(sums + first, squared_error(of, levels, factor, shift, load<V>(scales + first)));
                 return;
             }
-            const Moments<V> found = moments(of, levels, factor, shift, origin ? load<V>(origin + first) : V{});
+            const Moments<V> found = moments(of, levels, factor, shift, code ? load<V>(code + first) : V{});
             store(sums + first, found.wq);
             store(sums + groups + first, found.wqx);
             store(sums + 2 * groups + first, found.wqq);

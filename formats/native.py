@@ -24,9 +24,9 @@ def group_sums(
     inverse: Tensor,
     offset: Tensor | None,
     scale: Tensor | None = None,
-    origin: Tensor | None = None,
+    code: Tensor | None = None,
 ) -> Tensor | None:
-    """Σ w·q, Σ w·q·x and Σ w·q², all of q less `origin`: [3, groups]; with a `scale` Σ w·(scale·q + offset − x)²:
+    """Σ w·q, Σ w·q·x and Σ w·q², all of q less `code`: [3, groups]; with a `scale` Σ w·(scale·q + offset − x)²:
     [1, groups]. All else is [groups]."""
     offset = torch.zeros_like(inverse) if offset is None else offset
     scales = inverse.new_empty(0) if scale is None else scale
@@ -34,8 +34,8 @@ def group_sums(
         return None
     x, importance, inverse, offset, scales = (t.contiguous() for t in (x, importance, inverse, offset, scales))
     found = x.new_empty(3 if scale is None else 1, x.shape[1])
-    origin = None if origin is None else origin.contiguous()
-    lib.group_sums(*_weights(x, importance), *line, _at(inverse), _at(offset), _maybe(origin), _at(scales), _at(found))
+    code = None if code is None else code.contiguous()
+    lib.group_sums(*_weights(x, importance), *line, _at(inverse), _at(offset), _maybe(code), _at(scales), _at(found))
     return found
 
 

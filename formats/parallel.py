@@ -16,7 +16,8 @@ Found = TypeVar("Found")
 
 def side_by_side(function: Callable[[Part], Found], parts: Iterable[Part], device: torch.device) -> list[Found]:
     """`function` of every part, in order; on a CPU on as many threads as torch may use, in which torch has one; a
-    single part is left to torch's own. No gradients are recorded, and results are those of one part after another."""
+    single part is left to torch's own. No gradients are recorded; results are those of one part after another, on one
+    thread."""
     parts = list(parts)
     threads = torch.get_num_threads() if device.type == "cpu" else 1  # 1 in these threads themselves
     inference = torch.is_inference_mode_enabled()  # which a new thread would not know

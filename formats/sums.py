@@ -18,15 +18,15 @@ def code_sums(
     levels: Levels,
     inverse: Tensor,
     offset: Tensor | None = None,
-    origin: Tensor | None = None,
+    code: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Σ w·q, Σ w·q·x and Σ w·q², all of q less `origin`."""
-    compiled = native.group_sums(x, importance, levels, inverse, offset, origin=origin)
+    """Σ w·q, Σ w·q·x and Σ w·q², all of q less `code`."""
+    compiled = native.group_sums(x, importance, levels, inverse, offset, code=code)
     if compiled is not None:
         return compiled[0], compiled[1], compiled[2]
     codes = levels.snap(x * inverse if offset is None else (x - offset).mul_(inverse))
-    if origin is not None:
-        codes -= origin
+    if code is not None:
+        codes -= code
     weighted = codes * importance
     return weighted.sum(0), (weighted * x).sum(0), weighted.mul_(codes).sum(0)
 

@@ -1,15 +1,17 @@
 """Calibration text: what a window is, that seeds repeat, and what is refused."""
 
+import gc
 import json
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from weakref import ref
 
 import pytest
 import torch
 
 from qronos_export import corpus as corpus_module
-from qronos_export.checkpoint import Checkpoint, open_checkpoint, tokenizer
+from qronos_export.checkpoint import Checkpoint, load_whole, open_checkpoint, tokenizer
 from qronos_export.corpus import PIECE, _drawn, _pieces, calibration_tokens, held_out_text, median_length
 from qronos_export.errors import CalibrationError
 from qronos_export.recipe import Recipe
@@ -115,6 +117,21 @@ def offline_datasets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterato
     datasets.disable_progress_bars()
     yield
     datasets.enable_progress_bars()
+
+
+def test_the_model_that_wrote_the_text_is_gone_with_it(plain: Checkpoint) -> None:
+    """Not when the garbage collector comes."""
+    gc.collect()
+    gc.disable()
+    try:
+        model = load_whole(plain)
+        weight = ref(model.get_input_embeddings().weight), ref(model.get_decoder().layers[0].mlp.down_proj.weight)
+        with torch.no_grad():
+            model(torch.ones(1, 4, dtype=torch.int64))
+        del model
+        assert [each() for each in weight] == [None, None]
+    finally:
+        gc.enable()
 
 
 def test_tokens_are_drawn_by_their_probability() -> None:

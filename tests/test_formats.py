@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import time
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from formats import FORMATS, BlockFormat, DenormalGrid, FormatError, Grid, IntegerGrid, TernaryGrid, find_format
+from formats import block as block_module
 from tests.devices import DEVICES
 
 INTEGERS = [IntegerGrid(bits, group, symmetric=even) for bits in (2, 3, 4, 8) for group in (32, 256) for even in (0, 1)]
@@ -253,3 +257,18 @@ def test_denormals_are_halves_of_the_step() -> None:
         assert len(levels) == len(set(levels)) == 2**bits
         assert sorted(level for level in levels if level % 1) == [-0.5, 0.5]
         assert (min(levels), max(levels)) == (1 - 2 ** (bits - 1), 2 ** (bits - 1) - 2)
+
+
+def test_a_codebooks_tables_are_the_same_for_all_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whichever is first to need them: compiled loops of one may be reading what another finds."""
+    made = block_module._cells
+
+    def slowly(*given: Any) -> block_module.Cells:
+        time.sleep(0.05)
+        return made(*given)
+
+    monkeypatch.setattr(block_module, "_CELLS", {})
+    monkeypatch.setattr(block_module, "_cells", slowly)
+    with ThreadPoolExecutor(4) as pool:
+        first, *others = pool.map(lambda _: block_module.cells((-1.0, 0.0, 2.0), torch.device("cpu")), range(4))
+    assert all(each is first for each in others)

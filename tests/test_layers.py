@@ -1,4 +1,4 @@
-"""Groups of layers that do not read one another are rounded side by side, to the same blocks."""
+"""Groups of layers that do not read one another are rounded side by side, as each would be alone."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from formats import BlockFormat
 from qronos_export.artifact.gguf import StoredTensor, Target
 from qronos_export.calibration import Group, Matrix
-from qronos_export.layers import round_groups
+from qronos_export.layers import round_groups, together
 from qronos_export.plan import Mix
 from qronos_export.rounding import ROUNDERS, Settings
 from qronos_export.statistics import LayerStats
@@ -75,9 +75,19 @@ def test_experts_side_by_side_are_rounded_as_alone(threads: int) -> None:
         assert list(tensors.blocks) == reports
         return reports, torch.stack([group.matrices[0].quantized for group in groups])
 
-    together = rounded(list(experts()))
+    whole = rounded(list(experts()))
+    assert torch.equal(whole[1], rounded(list(experts()))[1])
     alone = [rounded([group]) for group in experts()]
-    assert together[0] == names == [report for reports, _ in alone for report in reports]
+    assert whole[0] == names == [report for reports, _ in alone for report in reports]
     assert torch.get_num_threads() == threads
-    off = (together[1] != torch.cat([values for _, values in alone])).float().mean()
-    assert off < 0.01  # torch sums in another order on one thread
+    off = (whole[1] != torch.cat([values for _, values in alone])).float().mean()
+    assert off == 0 if threads == 1 else off < 0.01  # alone, torch sums in another order on several threads
+
+
+def test_how_many_go_together(threads: int) -> None:
+    """As many as there are threads; not so few that some idle, nor so large that memory would not do."""
+    cpu = torch.device("cpu")
+    assert together(64, 576, cpu) == threads
+    assert together(threads - 1, 576, cpu) == 1
+    assert together(64, 14336, cpu) == 1
+    assert together(64, 576, torch.device("cuda")) == 1
