@@ -89,13 +89,8 @@ class Walk:
         folder: Path | None = None,
     ) -> None:
         self.model, self.batches, self._clock = model, list[MicroBatch](), clock
-        self._plan, self._outputs, self._recipe, self._ranks, self._passengers = (
-            plan,
-            outputs,
-            recipe,
-            ranks,
-            passengers,
-        )
+        self._plan, self._outputs, self._recipe = plan, outputs, recipe
+        self._ranks, self._passengers = ranks, passengers
         self._rounder, self._settings = rounder_settings(recipe)
         self._decoder = decoder = Decoder(model.model.get_decoder(), model.blocks)
         self._runtime = _runtime(model, plan, outputs, recipe)
