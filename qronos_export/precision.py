@@ -22,7 +22,6 @@ Linear = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 """F.linear of inputs [..., in], a weight [out, in] and a bias [out] or None."""
 
 _WORTH_IT = 1 << 20  # multiplications; of fewer, setting out takes longer than what is gained
-_PANELS = 4  # of a sum that is added to, so that what is on its way takes a quarter of its memory
 
 
 def linear(compute: str) -> Linear:
@@ -39,14 +38,6 @@ def hasten(model: nn.Module) -> None:
 def product(a: Tensor, b: Tensor) -> Tensor:
     """a bᵀ [..., m] of a [..., k] and b [m, k]."""
     return _in_float32(a, b, None)
-
-
-def accumulate(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """Add a bᵀ, of a [n, k] and b [m, k] whose rows best lie in one piece, to `total` [n, m], of any precision."""
-    width = -(-len(a) // _PANELS)
-    for start in range(0, len(a), width):
-        rows = slice(start, start + width)
-        total[rows].add_(product(a[rows], b))
 
 
 class _Linear(nn.Linear):

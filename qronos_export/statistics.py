@@ -9,12 +9,14 @@ nor who runs which of them shows in what is rounded. H is symmetric: only its up
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
-from qronos_export.precision import accumulate
+from qronos_export.precision import product
 
-_PANELS = 4  # H's upper triangle in 4 × 4 panels costs 10/16 of the full product
+_PANELS = 4  # H's upper triangle in 4 × 4 panels costs 10/16 of the full product, and what is on its way a quarter
 
 
 class LayerStats:
@@ -50,7 +52,7 @@ class LayerStats:
         x, x_hat = by_features(x), by_features(x_hat)
         hessian, cross, mean = self.sums
         add_squares(hessian, x_hat)
-        accumulate(cross, x, x_hat)
+        add_products(cross, x, x_hat)
         mean.add_(x_hat.sum(1, dtype=torch.float64))
         self.tokens += x.shape[1]
 
@@ -114,9 +116,19 @@ def by_features(x: Tensor) -> Tensor:
 
 def add_squares(total: Tensor, x: Tensor) -> None:
     """Add xxᵀ of x float32 [features, tokens] to `total`; below the diagonal only what panels of columns have there."""
-    width = -(-len(x) // _PANELS)
-    for start in range(0, len(x), width):
-        accumulate(total[start : start + width, start:], x[start : start + width], x[start:])
+    for rows in _panels(len(x)):
+        total[rows, rows.start :].add_(product(x[rows], x[rows.start :]))
+
+
+def add_products(total: Tensor, x: Tensor, y: Tensor) -> None:
+    """Add xyᵀ of float32 [features, tokens] each to `total`."""
+    for rows in _panels(len(x)):
+        total[rows].add_(product(x[rows], y))
+
+
+def _panels(features: int) -> Iterator[slice]:
+    width = -(-features // _PANELS)
+    return (slice(start, start + width) for start in range(0, features, width))
 
 
 def symmetric(moment: Tensor) -> Tensor:
