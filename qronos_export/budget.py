@@ -137,7 +137,7 @@ class Budget:
             rounding *= together(place.experts, place.columns, self._device)
             forward = place.between.of(at_once, recipe.sequence_length)
             forward -= place.held.of(at_once, recipe.sequence_length)
-            statistics = max(1, place.experts) * self._statistics(place.columns)
+            statistics = max(1, place.experts) * self._statistics(place.columns, self._written(place))
             name = next(iter(place.matrices)).removesuffix(".weight")
             yield (
                 name,
@@ -174,9 +174,14 @@ class Budget:
         entered = _FLOAT * at_once * recipe.sequence_length * self._seen.hidden
         return 2 * (entered + place.held.of(at_once, recipe.sequence_length))
 
-    def _statistics(self, columns: int) -> float:
-        """H and G, once more for tokens held out."""
-        return (2 if self._recipe.held_out else 1) * 2 * _FLOAT * columns**2
+    def _statistics(self, columns: int, written: int = 0) -> float:
+        """H, G and D, once more for tokens held out."""
+        return (2 if self._recipe.held_out else 1) * _FLOAT * (2 * columns + written) * columns
+
+    def _written(self, place: Place) -> int:
+        """Rows that look as if they wrote to the residual stream, where that counts."""
+        alone = len(place.matrices) == 1 and not place.experts and place.rows == self._seen.hidden
+        return place.rows if self._recipe.corrects_stream and alone else 0
 
     def _sampling(self) -> dict[str, float]:
         """The whole model, its cache twice while it grows, and what becomes of logits on their way to a token."""
@@ -225,6 +230,7 @@ class Budget:
                     forwards += 2 * self._streams * place.flops.of(*of) if self._again else 0.0
                     tokens = self._tokens * (self._seen.routed if place.experts else 1)
                     statistics += self._streams * (_SYMMETRIC + _CROSS) * place.columns**2 * tokens
+                    statistics += self._streams * _CROSS * self._written(place) * place.columns * tokens
             for job in self._all(number):
                 rounding += job.count * _rounding_flops(job) if self._calibrated else 0.0
         for _, head in self._outer:

@@ -28,6 +28,7 @@ from qronos_export.errors import CalibrationError
 from qronos_export.loans import Loans
 from qronos_export.precision import Linear
 from qronos_export.ranks import ALONE, Ranks
+from qronos_export.residual import Writing
 from qronos_export.statistics import LayerStats
 from qronos_export.suspended import Activation, Block, Routed, Stop, expert_inner, expert_matrices, is_experts, met
 
@@ -181,6 +182,7 @@ def walk(
     ranks: Ranks = ALONE,
     linear: Linear = F.linear,
     again: bool = False,
+    residual: bool = False,
 ) -> Iterator[tuple[int, list[Group]]]:
     """Run decoder block `index` once per stream; at each stop yield, for one quantized stream after another, its number
     and its groups, to be rounded before the next.
@@ -191,6 +193,7 @@ def walk(
     ranks:   who else runs this block, with other sequences.
     linear:  multiplies by the weights that will be rounded, in all streams.
     again:   run forwards anew up to every stop, instead of having all of them wait there in memory.
+    residual: also take statistics of how far the residual stream is off where a layer writes to it.
     No statistics where none of `batches` is counted, else the first is.
     Yields before that quantized stream uses the weights; afterwards `batches` holds the block's outputs.
     """
@@ -206,10 +209,10 @@ def walk(
     tokens = ranks.world * sum(batch.tokens.numel() for batch in batches if batch.counted)
     float_block = Block(module, observed, linear=linear)
     try:
-        stops, arrivals, output = float_block.observe(first.x, first.arguments[index])
+        stops, arrivals, output = float_block.observe(first.x, first.arguments[index], writers=residual)
         if float_block.twice:
             raise CalibrationError(f"{name}.{float_block.twice[0]} {_TWICE}")
-        if ranks.world > 1 and len(ranks.texts(str(stops))) > 1:
+        if ranks.world > 1 and len(ranks.texts(str([stop.signature for stop in stops]))) > 1:
             raise CalibrationError(f"The processes of torchrun meet other layers in {name}; run one process.")
         forwards = _Forwards(start, stops, len(others), again, clock)
         for stream in streams:
@@ -321,7 +324,8 @@ def _groups(
             matrix = Matrix(f"{name}.{member}.weight", _weight(module, member), _weight(quantized, member))
             rounding = activation(matrix.name)
             if rounding not in groups:
-                stats = LayerStats(matrix.weight.shape[1], matrix.weight.device)
+                rows, columns = matrix.weight.shape
+                stats = LayerStats(columns, matrix.weight.device, written=rows if stop.writer else 0)
                 groups[rounding] = Group([], stats, rounding)
             groups[rounding].matrices.append(matrix)
         return list(groups.values())
@@ -352,8 +356,13 @@ def _observe(
     """Add one micro-batch. The quantized stream's routing decides which tokens an expert sees; the float input of
     those same tokens is the other half of each pair."""
     if stop.stage == "linear":
+        gap = None
+        if stop.writer:
+            assert isinstance(x, Writing) and isinstance(x_hat, Writing)
+            gap = (x.stream - x_hat.stream).flatten(0, -2).div_(stop.writer.gain)
+            x, x_hat = x.inputs, x_hat.inputs
         for group in groups:
-            group.stats.update(x.flatten(0, -2), _read(group, x_hat.flatten(0, -2)), held=held)
+            group.stats.update(x.flatten(0, -2), _read(group, x_hat.flatten(0, -2)), gap, held=held)
         return
     assert isinstance(x, Routed) and isinstance(x_hat, Routed) and loans
     experts = module.get_submodule(stop.members[0])

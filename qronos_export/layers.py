@@ -144,6 +144,7 @@ def _rounded(
     del parts
     scales, unscaled = _tensor_scales(weight, jobs, plan, fmt)
     weight = weight / scales
+    stats = stats.of_rows(torch.cat([target.rows for _, target in jobs]), scales)
     rounder, note = _fallback(stats, rtn if fmt.is_float else rounder)
     moved = ""
     if settings.magr and stats.tokens and not note and not fmt.is_float:
@@ -212,7 +213,7 @@ def _in_shards(
     place = torch.full((len(weight),), -1, device=weight.device)
     place[rows] = torch.arange(len(rows), device=weight.device)
     mine = [replace(each, rows=place[each.rows]) for each in settings.coupled if int(place[each.rows[0]]) >= 0]
-    part = rounder(weight[rows], stats, fmt, replace(settings, coupled=mine))
+    part = rounder(weight[rows], stats.of_rows(rows), fmt, replace(settings, coupled=mine))
     if len(ranks.texts(part.method)) > 1:  # some rows went astray
         return rounder(weight, stats, fmt, settings)
 

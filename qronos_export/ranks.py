@@ -93,7 +93,7 @@ class Ranks:
         _all_reduce(totals)
         for each, (total, held) in zip(stats, totals.tolist(), strict=True):
             if held:
-                each.held = each.held or LayerStats(each.features, each.device)
+                each.held = each.held or each.empty()
                 self._sum(each.held, held)
             if total:
                 self._sum(each, total)

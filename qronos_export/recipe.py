@@ -63,6 +63,8 @@ class Recipe:
                       kept whole; in all but descending the scales follow the diffused weights.
     attention_aware:  rows of q, k and v one after another, each handing its error to the next rows of its head, weighed
                       by what attention does with them (BoA); None: with method qronos, in models it fits.
+    residual_aware:   what writes to the residual stream also makes up for what that is off by already (LoaQ); None:
+                      with method qronos, in blocks it fits.
     calibration:      a text file, `hf:NAME[:CONFIG[:SPLIT]]`, or `self` for text sampled from the model.
     samples, sequence_length: calibration tokens = samples × sequence_length.
     match_lengths:    a file of prompts whose median length sequence_length becomes, with samples for as many tokens.
@@ -98,6 +100,7 @@ class Recipe:
     refine: int = 0
     order: str = "blocks"
     attention_aware: bool | None = None
+    residual_aware: bool | None = None
     calibration: str = "self"
     samples: int = 128
     sequence_length: int = 512
@@ -181,6 +184,8 @@ class Recipe:
                 raise UsageError(f"{name} is for methods {', '.join(able)}; method is {self.method}.")
         if self.attention_aware and "quip" in self.online_names:
             raise UsageError("online: quip mixes the rows of heads, which attention_aware tells apart; leave one out.")
+        if self.residual_aware and self.method != "qronos":
+            raise UsageError(f"residual_aware is for method qronos; method is {self.method}.")
         if self.match_lengths is not None and self.method == "rtn" and not self.transform_names:
             raise UsageError("match_lengths is for calibration text, and method: rtn reads none; leave it out.")
         if self.held_out and self.match_lengths is None and self.samples < self.holds_out_one_in:
@@ -196,6 +201,11 @@ class Recipe:
         """What `attention_aware` comes to."""
         fits = self.method == "qronos" and "quip" not in self.online_names
         return fits if self.attention_aware is None else self.attention_aware
+
+    @property
+    def corrects_stream(self) -> bool:
+        """What `residual_aware` comes to."""
+        return self.method == "qronos" and self.residual_aware is not False
 
     @property
     def holds_out_one_in(self) -> int:

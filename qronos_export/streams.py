@@ -139,6 +139,7 @@ class Walk:
         stops = calibration.walk(
             module, index, name, self.batches, lambda weight: bool(plan.targets(weight)), clock, self._runtime,
             self._ranks, self._linear, again=self._recipe.offload != "none",
+            residual=self._recipe.corrects_stream and not stored,
         )  # fmt: skip
         yield from self._groups(stops, stored, heads)
         del module, heads, stops

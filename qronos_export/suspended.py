@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 
 from qronos_export.errors import CalibrationError
 from qronos_export.precision import Linear
+from qronos_export.residual import Writer, Writing, find_writers
 
 _UNEVEN = (
     "is used for some calibration sequences and not for others. What a model runs for some tokens only can be "
@@ -47,10 +49,17 @@ class Stop:
 
     members: names of the modules below the block, in order of use.
     stage:   "linear", or "up" / "down" of an experts module.
+    writer:  where a single linear adds what it returns to the residual stream.
     """
 
     stage: str
     members: list[str] = field(default_factory=list)
+    writer: Writer | None = None
+
+    @property
+    def signature(self) -> str:
+        """What processes that run other sequences have in common."""
+        return f"{self.stage} {self.members} {self.writer and self.writer.reader}"
 
 
 def met(expected: Stop | None, found: Stop | None) -> None:
@@ -78,6 +87,8 @@ class Block:
         self.module = module
         self._stops: list[Stop] | None = None
         self._record: Callable[[str, str, Any], None] | None = None
+        self._streams: WeakKeyDictionary[greenlet, dict[str, Tensor]] = WeakKeyDictionary()
+        self._hooks: list[Any] = []
         self.twice: list[str] = []
         for name, part in module.named_modules():
             if isinstance(part, nn.Linear) and wanted(name):
@@ -89,12 +100,16 @@ class Block:
         """Give the modules their own forwards back. They and ours hold each other: without this neither is freed."""
         for part in self.module.modules():
             part.__dict__.pop("forward", None)
+        self._unhook()
 
-    def observe(self, hidden: Tensor, kwargs: dict[str, Any]) -> tuple[list[Stop], list[Any], Tensor]:
+    def observe(
+        self, hidden: Tensor, kwargs: dict[str, Any], *, writers: bool = False
+    ) -> tuple[list[Stop], list[Any], Tensor]:
         """Run once without waiting: the stops in order, what arrived at each, and the block's output.
 
         Linears that read the same tensor share a stop, however far apart they are. `twice` then names those that read
-        several tensors, of which the stop has the first.
+        several tensors, of which the stop has the first. `writers` are looked for where asked: a `Writing` arrives then
+        at stops of those.
         """
         stops: list[Stop] = []
         arrivals: list[Any] = []
@@ -121,13 +136,53 @@ class Block:
             arrivals.append(payload)  # keeps the tensor alive, so no later one can take its address
 
         self._record = record
+        given, returned = self._listen(hidden) if writers else ({}, {})
         output = self._run(hidden, kwargs)
         self._record = None
+        self._unhook()
+        found = find_writers(hidden, output, returned, given) if writers else {}
+        for number, stop in enumerate(stops):
+            if stop.stage == "linear" and len(stop.members) == 1 and stop.members[0] in found:
+                stop.writer = found[stop.members[0]]
+                arrivals[number] = Writing(arrivals[number], given[stop.writer.reader])
         self.stop_at(stops)
         return stops, arrivals, output
 
+    def _listen(self, hidden: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """What modules are given and what linears and experts return in the next forward, where it is of the size of `hidden`."""
+        given: dict[str, Tensor] = {}
+        returned: dict[str, Tensor] = {}
+
+        def fits(tensor: Any) -> bool:
+            return (
+                isinstance(tensor, Tensor) and tensor.numel() == hidden.numel() and tensor.shape[-1] == hidden.shape[-1]
+            )
+
+        for name, part in self.module.named_modules():
+            if next(part.children(), None) is not None and not is_experts(part):
+                continue
+
+            def hook(part: nn.Module, args: tuple[Any, ...], output: Any, name: str = name) -> None:
+                if args and fits(args[0]):
+                    given.setdefault(name, args[0])
+                if (isinstance(part, nn.Linear) or is_experts(part)) and fits(output):
+                    returned.setdefault(name, output)
+
+            self._hooks.append(part.register_forward_hook(hook))
+        return given, returned
+
     def stop_at(self, stops: list[Stop]) -> None:
-        self._stops = stops
+        self._stops, streams = stops, self._streams
+        for reader in {stop.writer.reader for stop in stops if stop.writer}:
+
+            def hook(part: nn.Module, args: tuple[Any, ...], reader: str = reader) -> None:
+                streams.setdefault(getcurrent(), {})[reader] = args[0]
+
+            self._hooks.append(self.module.get_submodule(reader).register_forward_pre_hook(hook))
+
+    def _unhook(self) -> None:
+        while self._hooks:
+            self._hooks.pop().remove()
 
     def start(self, hidden: Tensor, kwargs: dict[str, Any]) -> greenlet:
         """A forward that has not begun; each `switch()` returns the next stop and its payload, the last None and the
@@ -146,6 +201,8 @@ class Block:
             if stop is None:
                 raise CalibrationError(f"{name} {_UNEVEN}")
             if stop.members[0] == name:
+                if stop.writer:
+                    payload = Writing(payload, self._streams[getcurrent()].pop(stop.writer.reader))
                 getcurrent().parent.switch((stop, payload))
 
     def _linear(self, name: str, linear: nn.Linear) -> Callable[[Tensor], Tensor]:

@@ -107,7 +107,7 @@ INSIDE = {  # a module of qronos_export, and what else of qronos_export it may i
     "inspection": {"artifact"},
     "layers": {"artifact", "attention", "calibration", "plan", "ranks", "report", "rounding"},
     "plan": {"artifact", "recipe"},
-    "calibration": {"decoder", "loans", "ranks", "suspended"}, "decoder": set(), "loans": {"suspended"},
+    "calibration": {"decoder", "loans", "ranks", "residual", "suspended"}, "decoder": set(), "loans": {"suspended"},
     "ranks": set(),
     "transforms": {"activations", "ranks", "rounding", "suspended"},
     "activations": set(),
@@ -121,7 +121,8 @@ INSIDE = {  # a module of qronos_export, and what else of qronos_export it may i
     "llamacpp": {"llamacpp_log"},
     "llamacpp_find": {"llamacpp", "llamacpp_log"},
     "llamacpp_build": {"llamacpp", "llamacpp_find"},
-    "llamacpp_log": set(), "suspended": set(), "recipe": set(), "report": {"typed_json"}, "typed_json": set(),
+    "llamacpp_log": set(), "residual": set(), "suspended": {"residual"},
+    "recipe": set(), "report": {"typed_json"}, "typed_json": set(),
     "artifact": set(), "checkpoint": set(), "rounding": set(),
 }  # fmt: skip
 

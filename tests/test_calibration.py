@@ -6,7 +6,9 @@ import gc
 import weakref
 from collections import Counter
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -41,6 +43,7 @@ def walk(
     embedding: Tensor | None = None,
     runtime: Runtime = calibration.PLAIN,
     compute: str = "float32",
+    residual: bool = False,
 ) -> Iterator[tuple[Group, list]]:
     """Every group of the model, in order, with the micro-batches (whose states are final once this is exhausted)."""
     decoder = Decoder(model.model.get_decoder(), model.blocks)
@@ -49,8 +52,9 @@ def walk(
     for index, name in enumerate(model.block_names):
         block = model.load_block(index)
         stops = calibration.walk(
-            block, index, name, batches, lambda weight: True, Clock(), runtime, linear=precision.linear(compute)
-        )
+            block, index, name, batches, lambda weight: True, Clock(), runtime, linear=precision.linear(compute),
+            residual=residual,
+        )  # fmt: skip
         for _, groups in stops:
             for group in groups:
                 yield group, batches
@@ -149,6 +153,55 @@ def test_statistics_are_those_of_hooks(model: LazyModel) -> None:
         moment = inputs.T @ inputs / len(inputs)
         torch.testing.assert_close(stats[name].hessian, moment, rtol=1e-3, atol=1e-4)
         torch.testing.assert_close(stats[name].cross, moment, rtol=1e-3, atol=1e-4)
+
+
+def test_drift_of_the_residual_stream_is_that_of_hooks(model: LazyModel) -> None:
+    """D of what writes to it equals what plain hooks on the float model and on the finished rounded one see."""
+    ids, drifts, rounded = tokens(model), {}, {}
+    for group, _ in walk(model, ids, batch=4, residual=True):
+        for matrix in group.matrices:
+            if group.stats.residual is not None:
+                drifts[matrix.name] = group.stats.residual
+            rounded[matrix.name] = coarse(matrix.weight)
+            matrix.quantized.copy_(rounded[matrix.name])
+    seen: list[dict[str, Tensor]] = []
+    for stream in ("float", "quantized"):
+        entered: dict[str, Tensor] = {}
+        returned: dict[str, Tensor] = {}
+        for index in range(len(model.blocks)):
+            model.load_block(index)
+        if stream == "quantized":
+            for index, name in enumerate(model.block_names):
+                for weight_name, weight in calibration.block_matrices(model.blocks[index], name).items():
+                    weight.copy_(rounded[weight_name])
+
+        def hook(module: nn.Module, args: tuple, output: Any, name: str, entered=entered, returned=returned) -> None:
+            entered[name], returned[name] = args[0].flatten(0, -2), output
+
+        hooks = [
+            module.register_forward_hook(partial(hook, name=name))
+            for name, module in model.model.named_modules()
+            if name in model.block_names or (isinstance(module, nn.Linear) and "layers" in name)
+        ]
+        model.model.get_decoder()(input_ids=ids, use_cache=False)
+        for each in hooks:
+            each.remove()
+        seen.append(entered)
+        for name in model.block_names:
+            attention = returned[next(key for key in returned if key.startswith(name) and key.endswith("o_proj"))]
+            seen[-1][f"{name}, after attention"] = entered[name] + attention.flatten(0, -2)
+    (x, x_hat), expected = seen, {}
+    for name, block in zip(model.block_names, model.blocks, strict=True):
+        for part, module in block.named_modules():
+            if model.model.config.model_type != "gemma3_text" and isinstance(module, nn.Linear):
+                before = {"o_proj": name, "down_proj": f"{name}, after attention", "c_proj": f"{name}, after attention"}
+                if stands := before.get(part.rpartition(".")[2]):
+                    gap, inputs = x[stands] - x_hat[stands], x_hat[f"{name}.{part}"]
+                    expected[f"{name}.{part}.weight"] = gap.T @ inputs / len(inputs)
+    assert drifts.keys() == expected.keys()
+    for weight_name, drift in expected.items():
+        torch.testing.assert_close(drifts[weight_name], drift, rtol=1e-3, atol=1e-5)
+    assert not drifts or max(float(drift.abs().max()) for drift in drifts.values()) > 1e-3
 
 
 def test_products_in_bfloat16_move_statistics_little(model: LazyModel) -> None:

@@ -348,6 +348,30 @@ def test_the_corrections_ridge(order: str) -> None:
         normal.project(weight, 1.0, -10.0)
 
 
+def test_what_is_added_to_a_stream_makes_up_for_it() -> None:
+    """With D, the projection is least squares of ‖XWᵀ + R − X̂Vᵀ − R̂‖², and the rounded weights come closer to it."""
+    weight, stats, x, x_hat = problem(rows=24, columns=64, tokens=4000)
+    gap = torch.randn(len(x), 24) + x_hat[:, :24]
+    whole = LayerStats(64, written=24)
+    whole.update(x, x_hat, gap)
+    v, mismatch = normal_equations(whole, 1e-9, "natural").project(weight, 1.0)
+    expected = torch.linalg.lstsq(x_hat.double(), (x @ weight.T + gap).double()).solution.T
+    torch.testing.assert_close(v.double(), expected, rtol=1e-2, atol=1e-3)
+
+    def left(values: Tensor) -> Tensor:
+        return (x @ weight.T + gap - x_hat @ values.T).square().sum(0) / len(x)
+
+    torch.testing.assert_close(left(weight) - left(v), mismatch, rtol=2e-2, atol=0)
+    settings = Settings(1e-3, 1.0, "blocks")
+    with_it, without = (qronos(weight, each, Q4, settings).weight.dequantize() for each in (whole, stats))
+    assert float(left(with_it).sum()) < 0.9 * float(left(without).sum())
+    rows = torch.tensor([5, 0, 17])
+    alone = qronos(weight[rows], whole.of_rows(rows), Q4, settings).weight.dequantize()
+    torch.testing.assert_close(alone, with_it[rows])
+    halved = qronos(weight / 2, whole.of_rows(torch.arange(24), torch.full((24, 1), 2.0)), Q4, settings)
+    torch.testing.assert_close(2 * halved.weight.dequantize(), with_it, rtol=1e-2, atol=1e-3)
+
+
 def test_mismatch_is_what_projection_recovers() -> None:
     """For undamped least squares, ‖XW − X̂V‖² = ‖XW − X̂W‖² − mismatch, per row."""
     weight, stats, x, x_hat = problem()
@@ -584,20 +608,22 @@ def test_stochastic_rounding_is_seeded() -> None:
 
 
 def test_held_out_moments_are_apart() -> None:
-    x, x_hat = torch.randn(2, 300, 16)
-    stats = LayerStats(16)
-    for number, (a, b) in enumerate(zip(x.split(50), x_hat.split(50), strict=True)):
-        stats.update(a, b, held=number % 3 == 2)
+    x, x_hat, gap = torch.randn(3, 300, 16)
+    stats = LayerStats(16, written=16)
+    for number, (a, b, c) in enumerate(zip(x.split(50), x_hat.split(50), gap.split(50), strict=True)):
+        stats.update(a, b, c, held=number % 3 == 2)
     held = torch.arange(300) // 50 % 3 == 2
     assert stats.held is not None and stats.held.tokens == 100
     for ours, kept in ((stats.held, held), (stats.without_held(), ~held)):
         torch.testing.assert_close(ours.hessian, x_hat[kept].T @ x_hat[kept] / int(kept.sum()), rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(ours.cross, x[kept].T @ x_hat[kept] / int(kept.sum()), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(ours.residual, gap[kept].T @ x_hat[kept] / int(kept.sum()), rtol=1e-4, atol=1e-4)
 
 
-def test_beta_and_lambda_follow_the_held_out_tokens() -> None:
+@pytest.mark.parametrize("written", [0, 12])
+def test_beta_and_lambda_follow_the_held_out_tokens(written: int) -> None:
     """Mismatch that is the same on all tokens is trusted, mismatch that is noise of too few tokens is not; and what is
-    chosen does better on held-out tokens than what was given, or as well."""
+    chosen does better on held-out tokens than what was given, or as well. So it is with what outputs are added to."""
     torch.manual_seed(1)
     weight, mixing = torch.randn(12, 64) * 0.05, torch.randn(64, 64) * 0.3 + torch.eye(64)
     shift = torch.eye(64) + 0.1 * torch.randn(64, 64)
@@ -605,9 +631,10 @@ def test_beta_and_lambda_follow_the_held_out_tokens() -> None:
     def picked(tokens: int, lasting: bool) -> tuple[Settings, LayerStats]:
         x = torch.randn(tokens, 64) @ mixing
         x_hat = x @ shift if lasting else x + 0.5 * torch.randn(tokens, 64) @ mixing
-        stats = LayerStats(64)
-        for number, (a, b) in enumerate(zip(x.chunk(8), x_hat.chunk(8), strict=True)):
-            stats.update(a, b, held=number == 7)
+        gap = 0.05 * (x_hat[:, 10:22] if lasting else torch.randn(tokens, 12))
+        stats = LayerStats(64, written=written)
+        for number, (a, b, c) in enumerate(zip(x.chunk(8), x_hat.chunk(8), gap.chunk(8), strict=True)):
+            stats.update(a, b, c if written else None, held=number == 7)
         return chosen(weight, stats, Q4, Settings(0.01, 0.5, "blocks"), qronos), stats
 
     lasting, stats = picked(4000, True)
@@ -617,7 +644,8 @@ def test_beta_and_lambda_follow_the_held_out_tokens() -> None:
 
     def left(settings: Settings) -> float:
         values = qronos(weight, stats.without_held(), Q4, settings).weight.dequantize()
-        return float((values @ stats.held.hessian * values).sum() - 2 * (weight @ stats.held.cross * values).sum())
+        wanted = weight @ stats.held.cross + (stats.held.residual if written else 0.0)
+        return float((values @ stats.held.hessian * values).sum() - 2 * (wanted * values).sum())
 
     assert left(lasting) < left(Settings(0.01, 0.5, "blocks"))
     beside = [left(replace(lasting, damping=lasting.damping * factor)) for factor in (STEP, 1 / STEP)]

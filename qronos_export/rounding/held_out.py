@@ -1,7 +1,8 @@
 """λ, ρ and β of one group of layers, by what they do on tokens that were held out.
 
-For a ρ, the projection moves the weights by β·S, S = W(G − H)(H + ρI)⁻¹ on the moments of the other tokens, and on
-held-out moments H', G' the output error ‖XWᵀ − X̂(W + βS)ᵀ‖² is least at β = ⟨W(G' − H'), S⟩ / ⟨SH', S⟩. Then some of
+For a ρ, the projection moves the weights by β·S, S = (W(G − H) + D)(H + ρI)⁻¹ on the moments of the other tokens, and
+on held-out moments H', G', D' the output error ‖XWᵀ + R − X̂(W + βS)ᵀ − R̂‖² is least at
+β = ⟨W(G' − H') + D', S⟩ / ⟨SH', S⟩. Then some of
 the rows are rounded with a λ, and their output error on the held-out tokens tells. Both searches begin with what is
 given and go by half powers of ten, up or down, while that is better. Rows that attention couples are tried one-sided.
 """
@@ -11,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
+import torch
 from torch import Tensor
 
 from formats import BlockFormat
@@ -29,13 +31,15 @@ def chosen(weight: Tensor, stats: LayerStats, fmt: BlockFormat, settings: Settin
     if stats.held is None or stats.held.tokens == stats.tokens:
         return settings
     train, held = stats.without_held(), stats.held
-    sample = weight[:: -(-len(weight) // _ROWS)]
+    rows = torch.arange(0, len(weight), -(-len(weight) // _ROWS))
+    sample, few, tell = weight[rows.to(weight.device)], train.of_rows(rows), held.of_rows(rows)
 
     def rounded(steps: int) -> tuple[float, Settings]:
         each = replace(settings, damping=settings.damping * STEP**steps)
-        values = rounder(sample, train, fmt, each).weight.dequantize()
-        # ‖XWᵀ − X̂Qᵀ‖² without ‖XWᵀ‖², which is the same for all
-        return float((values @ held.hessian * values).sum() - 2 * (sample @ held.cross * values).sum()), each
+        values = rounder(sample, few, fmt, each).weight.dequantize()
+        # ‖XWᵀ + R − X̂Qᵀ − R̂‖² without ‖XWᵀ + R − R̂‖², which is the same for all
+        wanted = _with(tell, sample @ held.cross)
+        return float((values @ held.hessian * values).sum() - 2 * (wanted * values).sum()), each
 
     if rounder is qronos:
         try:
@@ -52,10 +56,15 @@ def _corrected(
     """The held-out output error that a ridge leaves with its best β, but for a constant; and these settings."""
     ridge = (settings.damping if settings.ridge is None else settings.ridge) * STEP**steps
     step = normal.project(weight, 1.0, ridge)[0] - weight
-    along = float((weight @ (held.cross - held.hessian) * step).sum())
+    along = float((_with(held, weight @ (held.cross - held.hessian)) * step).sum())
     power = float((step @ held.hessian * step).sum())
     shrinkage = min(1.0, max(0.0, along / power)) if power > 0 else 0.0
     return shrinkage**2 * power - 2 * shrinkage * along, replace(settings, ridge=ridge, shrinkage=shrinkage)
+
+
+def _with(stats: LayerStats, moment: Tensor) -> Tensor:
+    """`moment` [rows, features] of outputs with that of what they are added to."""
+    return moment if stats.residual is None else moment + stats.residual
 
 
 def _least(tried: Callable[[int], tuple[float, Settings]]) -> Settings:

@@ -31,6 +31,7 @@ class Normal:
     """One group's normal equations, in sweep order.
 
     hessian, cross: float32 [features, features] with something small on the diagonal of dead columns, in storage order.
+    residual:       D [rows, features] where the rows at hand write to the residual stream, or None.
     upper:          U, float64, in sweep order.
     damping:        the λ that was needed, in units of H.
     unit:           mean(diag H) over columns that are not dead.
@@ -44,6 +45,7 @@ class Normal:
     unit: float
     order: Tensor | None
     note: str
+    residual: Tensor | None = None
 
     @property
     def feedback(self) -> Tensor:
@@ -60,13 +62,15 @@ class Normal:
     def project(self, weight: Tensor, shrinkage: float, ridge: float | None = None) -> tuple[Tensor, Tensor]:
         """The least-squares weights V = W + βW(G − H)(H + ρI)⁻¹ for inputs X̂ and outputs XWᵀ; ρ = `ridge` · unit, or λ.
 
-        With ρ = λ and β = 1 that is the paper's W(G + λI)(H + λI)⁻¹. Returns V [rows, features] and, per row, the
-        squared output error that V recovers at β = 1, W(G − H)(H + ρI)⁻¹(G − H)ᵀWᵀ:
-        what GPTQ leaves on the table. [rows]
+        With ρ = λ and β = 1 that is the paper's W(G + λI)(H + λI)⁻¹. Where outputs are added to R and R̂, which differ
+        already, the drift W(G − H) has D beside it. Returns V [rows, features] and, per row, the squared output error
+        that V recovers at β = 1, drift (H + ρI)⁻¹ driftᵀ: what GPTQ leaves on the table. [rows]
 
         Raises SingularError where H + ρI is not positive definite.
         """
         drift = product(weight, (self.cross - self.hessian).T.contiguous())
+        if self.residual is not None:
+            drift += self.residual
         if ridge is not None:
             for dtype in (torch.float32, torch.float64)[ridge < _WELL_CONDITIONED :]:
                 matrix = self.hessian.to(dtype, copy=True)
@@ -165,7 +169,7 @@ def normal_equations(stats: LayerStats, damping: float, order: str, block: int =
 
     Raises SingularError after three tries, ValueError for an unknown order.
     """
-    hessian, cross = stats.hessian, stats.cross
+    hessian, cross, residual = stats.hessian, stats.cross, stats.residual
     dead = hessian.diagonal() <= 0
     note = ""
     if dead.any():
@@ -173,6 +177,7 @@ def normal_equations(stats: LayerStats, damping: float, order: str, block: int =
         # Enough to be positive, too little for the scale search to look at; the damping returns the weights themselves.
         unit = float(hessian.diagonal().mean()) / 100 or 1.0
         hessian[dead, dead] = unit
+        residual = residual if residual is None else residual.masked_fill(dead, 0.0)
         cross[:, dead] = 0.0
         cross[dead, dead] = unit
         note = f"{int(dead.sum())} inputs never active"
@@ -181,7 +186,7 @@ def normal_equations(stats: LayerStats, damping: float, order: str, block: int =
     lower, lam, raised = _factor(hessian, damping, scale, permutation)
     if raised:
         note = "; ".join(filter(None, [note, f"damping raised {10**raised}-fold"]))
-    return Normal(hessian, cross, _inverse(lower).flip(0, 1), lam, scale, permutation, note)
+    return Normal(hessian, cross, _inverse(lower).flip(0, 1), lam, scale, permutation, note, residual)
 
 
 def conditional_variance(hessian: Tensor, damping: float, order: str, block: int = _RUN) -> Tensor:

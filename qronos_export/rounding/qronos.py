@@ -5,6 +5,9 @@ sweep V as GPTQ does; only the first code is chosen differently, from (w·G_:j �
 
 G − H is the noisier the fewer tokens there are, and what it asks of directions in which X̂ hardly varies is mostly
 noise. So the correction has a ridge ρ of its own, V = W + βW(G − H)(H + ρI)⁻¹, far above λ; ρ = λ is the paper's.
+
+What a layer adds to the residual stream may make up for what that stream is off by already as well (LoaQ, arXiv
+2509.06297): ‖XWᵀ + R − X̂Qᵀ − R̂‖² instead of ‖XWᵀ − X̂Qᵀ‖² puts D = (R − R̂)ᵀX̂ beside W(G − H).
 """
 
 from __future__ import annotations
@@ -25,5 +28,6 @@ def qronos(weight: Tensor, normal: Normal, fmt: BlockFormat, settings: Settings)
     drift = normal.cross[:, j] - normal.hessian[:, j]
     # w·G_β[:,j] − w_r·H[r,j] = w_j·H_jj + β·w·(G − H)[:,j]
     power = normal.hessian[j, j] + (settings.ridge or 0.0) * normal.unit
-    first = weight[:, j] + settings.shrinkage * (weight @ drift) / power
+    asked = weight @ drift if normal.residual is None else weight @ drift + normal.residual[:, j]
+    first = weight[:, j] + settings.shrinkage * asked / power
     return diffuse(target, normal, fmt, "qronos", mismatch, settings, first)
