@@ -177,8 +177,7 @@ def known(forks: Forks, recipe: Recipe, tmp_path_factory: pytest.TempPathFactory
     for reached in ("manifest", "tokens", "float-transformed", "step-00001", third, "step-00004", f"step-{STEPS:05}"):
 
         def kill(pid: int, reached: str = reached) -> None:
-            while not (state / f"{reached}.json").exists():
-                time.sleep(0.002)
+            wait_for(state / f"{reached}.json", pid)
             time.sleep(dice.random() / 20)
             os.kill(pid, signal.SIGKILL)
 

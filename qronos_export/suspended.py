@@ -149,7 +149,7 @@ class Block:
         return stops, arrivals, output
 
     def _listen(self, hidden: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """What modules are given and what linears and experts return in the next forward, where it is of the size of `hidden`."""
+        """What modules are given, and linears and experts return, in the next forward, if as large as `hidden`."""
         given: dict[str, Tensor] = {}
         returned: dict[str, Tensor] = {}
 
