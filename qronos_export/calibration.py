@@ -30,7 +30,17 @@ from qronos_export.precision import Linear
 from qronos_export.ranks import ALONE, Ranks
 from qronos_export.residual import Writing
 from qronos_export.statistics import LayerStats
-from qronos_export.suspended import Activation, Block, Routed, Stop, expert_inner, expert_matrices, is_experts, met
+from qronos_export.suspended import (
+    Activation,
+    Block,
+    Routed,
+    Stop,
+    Writers,
+    expert_inner,
+    expert_matrices,
+    is_experts,
+    met,
+)
 
 _TWICE = (
     "reads more than one tensor in a decoder block, and calibration would see only one of them; use --method rtn "
@@ -204,15 +214,19 @@ def walk(
     def start(n: int) -> greenlet:
         return float_block.start(batches[n + 1].x, batches[n + 1].arguments[index])
 
+    def agreed(found: Writers) -> Writers:
+        """None where processes find others."""
+        return found if ranks.agree(str([(each, writer.reader) for each, writer in found.items()])) else {}
+
     first, *others = batches
     streams = [_Stream(module, name, number, observed, runtime, linear) for number in range(len(first.x_hat))]
     tokens = ranks.world * sum(batch.tokens.numel() for batch in batches if batch.counted)
     float_block = Block(module, observed, linear=linear)
     try:
-        stops, arrivals, output = float_block.observe(first.x, first.arguments[index], writers=residual)
+        stops, arrivals, output = float_block.observe(first.x, first.arguments[index], agreed if residual else None)
         if float_block.twice:
             raise CalibrationError(f"{name}.{float_block.twice[0]} {_TWICE}")
-        if ranks.world > 1 and len(ranks.texts(str([stop.signature for stop in stops]))) > 1:
+        if not ranks.agree(str(stops)):
             raise CalibrationError(f"The processes of torchrun meet other layers in {name}; run one process.")
         forwards = _Forwards(start, stops, len(others), again, clock)
         for stream in streams:

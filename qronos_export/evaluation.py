@@ -41,6 +41,7 @@ from qronos_export.plan import Mix
 from qronos_export.precision import linear
 from qronos_export.proof import Held, held_out_file
 from qronos_export.recipe import Recipe
+from qronos_export.residual import NO_WRITERS
 from qronos_export.resolved import matched
 from qronos_export.streams import Passengers, calibrate, rounded_cache
 from qronos_export.suspended import Block
@@ -140,10 +141,14 @@ def evaluate(
         notes = list(folded.notes)
         yield Stage("layers", len(output.mix.quantized))
         rounded = calibrate(lazy, plan, [output], drawn, recipe, Clock(), riding, folder=folder)
+        corrected = False
         for done, layer in enumerate(rounded, start=1):
             if layer.note:
                 notes.append(f"{layer.name}: {layer.note}")
+            corrected |= layer.residual
             yield Step(done, layer)
+        if recipe.residual_aware and not corrected:
+            notes.append(NO_WRITERS)
         yield Stage("scores")
         measured = _compare(lazy, riding, held.context)
         if suite and whole:

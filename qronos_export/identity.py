@@ -37,7 +37,7 @@ def identity(
         "calibration text": sha256(text) if text.is_file() else recipe.calibration,
         **{f"recipe.{name}": json.dumps(value, ensure_ascii=False) for name, value in settings.items()},
         **{f"version of {name}": version for name, version in versions.items()},
-        "code": _code(),
+        "code": code(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
         "threads": str(torch.get_num_threads()),
     }
@@ -48,7 +48,7 @@ def _processor() -> str:
     return f"{os.uname().machine} {torch.backends.cpu.get_cpu_capability()}"
 
 
-def _code() -> str:
+def code() -> str:
     """Of this package's own sources, which may change without its version."""
     digest = hashlib.sha256()
     root = Path(__file__).parents[1]

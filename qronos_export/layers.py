@@ -144,7 +144,7 @@ def _rounded(
     del parts
     scales, unscaled = _tensor_scales(weight, jobs, plan, fmt)
     weight = weight / scales
-    stats = stats.of_rows(torch.cat([target.rows for _, target in jobs]), scales)
+    stats = stats.of_rows(torch.cat([target.rows for _, target in jobs]), None if bool((scales == 1).all()) else scales)
     rounder, note = _fallback(stats, rtn if fmt.is_float else rounder)
     moved = ""
     if settings.magr and stats.tokens and not note and not fmt.is_float:
@@ -196,6 +196,7 @@ def _stored(
             note="; ".join(
                 filter(None, [done.note, rounded.note, attention.note_of(matrix.name) if attention else ""])
             ),
+            residual=rounded.method == "qronos" and stats.written > 0,
         )
 
 

@@ -42,6 +42,7 @@ from qronos_export.provenance import dataset_of, file_facts, model_facts, valida
 from qronos_export.ranks import ALONE, Ranks
 from qronos_export.recipe import Recipe
 from qronos_export.report import Artifact, RunReport
+from qronos_export.residual import NO_WRITERS
 from qronos_export.resolved import matched, replayable
 from qronos_export.resume import Journal, Pieces, State, discard, resumable
 from qronos_export.shortage import Where, named
@@ -197,6 +198,8 @@ def _run(
             result.layers.append(layer)
             finished.add((layer.artifact, layer.tensor))
             yield Step(len(finished), layer)
+        if recipe.residual_aware and not any(layer.residual for layer in result.layers):
+            result.notes.append(NO_WRITERS)
         for each in outputs:
             result.kept += each.kept(source, plan)
             result.substitutes += each.substitutes()

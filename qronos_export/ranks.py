@@ -134,6 +134,10 @@ class Ranks:
         """What each process says, every text once."""
         return list(dict.fromkeys(self._gathered(text)))
 
+    def agree(self, text: str) -> bool:
+        """Whether all processes say the same."""
+        return self.world == 1 or len(self.texts(text)) == 1
+
     def send(self, work: object) -> None:
         """From rank 0 to all others, which `receive` it."""
         if self.world > 1:

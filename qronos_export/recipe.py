@@ -186,6 +186,8 @@ class Recipe:
             raise UsageError("online: quip mixes the rows of heads, which attention_aware tells apart; leave one out.")
         if self.residual_aware and self.method != "qronos":
             raise UsageError(f"residual_aware is for method qronos; method is {self.method}.")
+        if self.residual_aware and "quip" in self.online_names:
+            raise UsageError("online: quip turns what residual_aware compares with the stream; leave one out.")
         if self.match_lengths is not None and self.method == "rtn" and not self.transform_names:
             raise UsageError("match_lengths is for calibration text, and method: rtn reads none; leave it out.")
         if self.held_out and self.match_lengths is None and self.samples < self.holds_out_one_in:
@@ -205,7 +207,7 @@ class Recipe:
     @property
     def corrects_stream(self) -> bool:
         """What `residual_aware` comes to."""
-        return self.method == "qronos" and self.residual_aware is not False
+        return self.method == "qronos" and "quip" not in self.online_names and self.residual_aware is not False
 
     @property
     def holds_out_one_in(self) -> int:

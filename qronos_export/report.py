@@ -28,6 +28,8 @@ class LayerReport:
     recoverable_mismatch: squared output error from the streams' mismatch that weights can undo, same unit.
     damping:              the λ used, in units of H.
     shrinkage, ridge:     the β used, by methods that correct for the mismatch, and qronos' ρ / mean(diag H).
+    residual:             whether it also makes up for what the residual stream was off by, which is then part of the
+                          recoverable mismatch.
     """
 
     artifact: str
@@ -43,6 +45,7 @@ class LayerReport:
     tokens: int
     seconds: float
     note: str = ""
+    residual: bool = False
 
 
 @dataclass

@@ -95,7 +95,7 @@ class LayerStats:
 
     def of_rows(self, rows: Tensor, units: Tensor | None = None) -> LayerStats:
         """The same tokens for some of the layer's rows, int64 [n], D in `units` [n, 1] of each; shares H and G."""
-        if not self.written:
+        if not self.written or (units is None and torch.equal(rows.cpu(), torch.arange(self.written))):
             return self
         means = self.settle()
         residual = means.residual[rows.to(self.device)]

@@ -20,12 +20,13 @@ from torch import Tensor, nn
 
 from qronos_export.errors import CalibrationError
 from qronos_export.precision import Linear
-from qronos_export.residual import Writer, Writing, find_writers
+from qronos_export.residual import Used, Writer, Writing, find_writers
 
 _UNEVEN = (
     "is used for some calibration sequences and not for others. What a model runs for some tokens only can be "
     "calibrated where transformers fuses it as experts; use --method rtn --transforms none."
 )
+Writers = dict[str, Writer]
 Activation = Callable[[Tensor], Tensor]
 """Rounds what a layer reads: float [..., features] to the like."""
 
@@ -54,12 +55,7 @@ class Stop:
 
     stage: str
     members: list[str] = field(default_factory=list)
-    writer: Writer | None = None
-
-    @property
-    def signature(self) -> str:
-        """What processes that run other sequences have in common."""
-        return f"{self.stage} {self.members} {self.writer and self.writer.reader}"
+    writer: Writer | None = field(default=None, repr=False)
 
 
 def met(expected: Stop | None, found: Stop | None) -> None:
@@ -103,13 +99,13 @@ class Block:
         self._unhook()
 
     def observe(
-        self, hidden: Tensor, kwargs: dict[str, Any], *, writers: bool = False
+        self, hidden: Tensor, kwargs: dict[str, Any], writers: Callable[[Writers], Writers] | None = None
     ) -> tuple[list[Stop], list[Any], Tensor]:
         """Run once without waiting: the stops in order, what arrived at each, and the block's output.
 
         Linears that read the same tensor share a stop, however far apart they are. `twice` then names those that read
-        several tensors, of which the stop has the first. `writers` are looked for where asked: a `Writing` arrives then
-        at stops of those.
+        several tensors, of which the stop has the first. Given `writers`, layers that write to the residual stream are
+        looked for; a `Writing` arrives then at stops of those that it lets pass.
         """
         stops: list[Stop] = []
         arrivals: list[Any] = []
@@ -136,40 +132,44 @@ class Block:
             arrivals.append(payload)  # keeps the tensor alive, so no later one can take its address
 
         self._record = record
-        given, returned = self._listen(hidden) if writers else ({}, {})
+        used = self._listen(hidden) if writers else []
         output = self._run(hidden, kwargs)
         self._record = None
         self._unhook()
-        found = find_writers(hidden, output, returned, given) if writers else {}
+        found = writers(find_writers(hidden, output, used)) if writers else {}
         for number, stop in enumerate(stops):
             if stop.stage == "linear" and len(stop.members) == 1 and stop.members[0] in found:
-                stop.writer = found[stop.members[0]]
-                arrivals[number] = Writing(arrivals[number], given[stop.writer.reader])
+                stop.writer = writer = found[stop.members[0]]
+                stream = next(each.given for each in used if each.name == writer.reader)
+                assert stream is not None
+                arrivals[number] = Writing(arrivals[number], stream)
         self.stop_at(stops)
         return stops, arrivals, output
 
-    def _listen(self, hidden: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """What modules are given, and linears and experts return, in the next forward, if as large as `hidden`."""
-        given: dict[str, Tensor] = {}
-        returned: dict[str, Tensor] = {}
+    def _listen(self, hidden: Tensor) -> list[Used]:
+        """What the next forward uses, in order."""
+        used: list[Used] = []
 
-        def fits(tensor: Any) -> bool:
-            return (
+        def of_its_size(tensor: Any) -> Tensor | None:
+            fits = (
                 isinstance(tensor, Tensor) and tensor.numel() == hidden.numel() and tensor.shape[-1] == hidden.shape[-1]
             )
+            return tensor if fits else None
 
         for name, part in self.module.named_modules():
-            if next(part.children(), None) is not None and not is_experts(part):
+            writes = isinstance(part, nn.Linear) or is_experts(part)
+            if next(part.children(), None) is not None and not writes:
                 continue
 
-            def hook(part: nn.Module, args: tuple[Any, ...], output: Any, name: str = name) -> None:
-                if args and fits(args[0]):
-                    given.setdefault(name, args[0])
-                if (isinstance(part, nn.Linear) or is_experts(part)) and fits(output):
-                    returned.setdefault(name, output)
+            def hook(
+                part: nn.Module, args: tuple[Any, ...], output: Any, name: str = name, writes: bool = writes
+            ) -> None:
+                given, returned = of_its_size(args[0] if args else None), of_its_size(output if writes else None)
+                used.append(Used(name, given, returned))
 
-            self._hooks.append(part.register_forward_hook(hook))
-        return given, returned
+            # In front of other hooks: what these make of its output, the layer does not write.
+            self._hooks.append(part.register_forward_hook(hook, prepend=True))
+        return used
 
     def stop_at(self, stops: list[Stop]) -> None:
         self._stops, streams = stops, self._streams

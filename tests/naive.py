@@ -26,14 +26,18 @@ def obq(weight: Tensor, hessian: Tensor, nearest: Nearest) -> Tensor:
     return q
 
 
-def qronos(weight: Tensor, hessian: Tensor, cross: Tensor, lam: float, nearest: Nearest) -> Tensor:
-    """Algorithm 1 of arXiv 2505.11695 as written, with damping: correct the first code, re-solve, diffuse."""
+def qronos(
+    weight: Tensor, hessian: Tensor, cross: Tensor, lam: float, nearest: Nearest, residual: Tensor | float = 0.0
+) -> Tensor:
+    """Algorithm 1 of arXiv 2505.11695 as written, with damping: correct the first code, re-solve, diffuse. Outputs XWᵀ
+    have R − R̂ added to them, whose product with the inputs is `residual` [rows, columns]."""
     columns = weight.shape[1]
     eye = torch.eye(columns, dtype=weight.dtype)
-    first = (weight @ cross[:, 0] - weight[:, 1:] @ hessian[1:, 0]) / hessian[0, 0]
+    asked = weight @ cross + residual
+    first = (asked[:, 0] - weight[:, 1:] @ hessian[1:, 0]) / hessian[0, 0]
     q0 = nearest(first, 0)
     damped = hessian + lam * eye
-    rest = (weight @ (cross + lam * eye))[:, 1:] - q0[:, None] * hessian[0, 1:]
+    rest = (asked + lam * weight)[:, 1:] - q0[:, None] * hessian[0, 1:]
     solved = torch.linalg.solve(damped[1:, 1:], rest.T).T
     tail = obq(solved, damped[1:, 1:], lambda values, j: nearest(values, j + 1))
     return torch.cat([q0[:, None], tail], dim=1)

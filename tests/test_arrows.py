@@ -71,8 +71,8 @@ INSIDE = {  # a module of qronos_export, and what else of qronos_export it may i
     "pipeline": {
         "activations", "artifact", "attention", "calibration", "checkpoint", "choice", "corpus", "durable", "events",
         "folding", "followers", "identity", "llamacpp", "onnx_export", "onnx_validation", "output", "plan",
-        "preconditions", "proof", "provenance", "ranks", "recipe", "report", "resolved", "resume", "shortage",
-        "streams", "transformed", "validation", "workspace",
+        "preconditions", "proof", "provenance", "ranks", "recipe", "report", "residual", "resolved", "resume",
+        "shortage", "streams", "transformed", "validation", "workspace",
     },
     "identity": {"checkpoint", "recipe", "report"},
     "shortage": {"recipe"},
@@ -90,8 +90,8 @@ INSIDE = {  # a module of qronos_export, and what else of qronos_export it may i
     "onnx_validation": {"artifact", "calibration", "checkpoint", "corpus", "decoder", "validation"},
     "evaluation": {
         "activations", "artifact", "attention", "calibration", "checkpoint", "corpus", "decoder", "events", "folding",
-        "layers", "online", "plan", "proof", "recipe", "resolved", "streams", "suspended", "tasks", "transformed",
-        "workspace",
+        "layers", "online", "plan", "proof", "recipe", "residual", "resolved", "streams", "suspended", "tasks",
+        "transformed", "workspace",
     },
     "streams": {
         "activations", "artifact", "attention", "calibration", "checkpoint", "decoder", "kv_cache", "layers", "plan",

@@ -174,6 +174,8 @@ def test_debug_shows_the_traceback_wherever_it_stands(arguments: list[str]) -> N
         ({"held_out": 0.25, "samples": 3}, "one in 4 sequences and there are 3; raise samples"),
         ({"match_lengths": "prompts.txt", "method": "rtn"}, "rtn reads none"),
         ({"attention_aware": True, "online": "quip"}, "quip mixes the rows of heads"),
+        ({"residual_aware": True, "online": "quip"}, "quip turns what residual_aware compares"),
+        ({"residual_aware": True, "method": "gptq"}, "residual_aware is for method qronos; method is gptq"),
         ({"refine": -1}, "refine is -1; expected a number of rounds"),
         ({"refine": 1, "method": "rtn"}, "refine is for methods qronos, gptaq, gptq, ldlq; method is rtn"),
         ({"stochastic": True, "method": "rtn"}, "stochastic is for methods qronos"),

@@ -90,10 +90,17 @@ def test_qronos_is_the_papers_algorithm() -> None:
     assert close(ours, expected)
 
 
+@pytest.mark.parametrize("written", [0, 12])
 @pytest.mark.parametrize("shrinkage", [0.0, 0.4, 1.0])
-def test_qronos_in_descending_order_is_the_papers_algorithm_on_reordered_columns(shrinkage: float) -> None:
-    """The rounder itself: order, shrinkage, the first code, scattering back. Scales are chosen beforehand here."""
-    weight, stats, *_ = problem()
+def test_qronos_in_descending_order_is_the_papers_algorithm_on_reordered_columns(
+    shrinkage: float, written: int
+) -> None:
+    """The rounder itself: order, shrinkage, the first code, scattering back, what its outputs are added to. Scales are
+    chosen beforehand here."""
+    weight, plain, x, x_hat = problem()
+    stats = LayerStats(64, written=written)
+    stats.update(x, x_hat, 0.3 * x_hat[:, :12] + 0.1 * torch.randn(len(x), 12) if written else None)
+    torch.testing.assert_close(stats.hessian, plain.hessian)
     normal = normal_equations(stats, 0.01, "descending")
     order = normal.order
     assert order is not None and not torch.equal(order, torch.arange(64))
@@ -108,7 +115,8 @@ def test_qronos_in_descending_order_is_the_papers_algorithm_on_reordered_columns
     hessian = stats.hessian.double()
     cross = hessian + shrinkage * (stats.cross.double() - hessian)
     permuted = [matrix[order][:, order] for matrix in (hessian, cross)]
-    expected = naive.qronos(weight.double()[:, order], *permuted, normal.damping, nearest)
+    residual = shrinkage * stats.residual.double()[:, order] if written else 0.0
+    expected = naive.qronos(weight.double()[:, order], *permuted, normal.damping, nearest, residual)
     ours = qronos(weight, stats, Q4, Settings(0.01, shrinkage, "descending")).weight.dequantize()
     assert close(ours[:, order], expected)
 

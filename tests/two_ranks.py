@@ -26,9 +26,10 @@ WIDE = 512
 
 
 def statistics(x: torch.Tensor, x_hat: torch.Tensor, held: int) -> LayerStats:
-    stats = LayerStats(FEATURES)
-    stats.update(x[held:], x_hat[held:])
-    stats.update(x[:held], x_hat[:held], held=True)
+    stats = LayerStats(FEATURES, written=ROWS)
+    gap = x[:, :ROWS] - 0.9 * x_hat[:, :ROWS]
+    stats.update(x[held:], x_hat[held:], gap[held:])
+    stats.update(x[:held], x_hat[:held], gap[:held], held=True)
     return stats
 
 
@@ -44,9 +45,9 @@ def check_combined(ranks: Ranks) -> None:
     x, x_hat = inputs()
     cut = 200
     share, held = ((slice(0, cut), HELD), (slice(cut, None), 0))[ranks.rank]
-    mine, unseen = statistics(x[share], x_hat[share], held), LayerStats(FEATURES)
+    mine, unseen = statistics(x[share], x_hat[share], held), statistics(x[:0], x_hat[:0], 0)
     if ranks.rank:
-        unseen.update(x[:5], x_hat[:5])
+        unseen = statistics(x[:5], x_hat[:5], 0)
     nobodys = LayerStats(FEATURES)
     ranks.combine([mine, unseen, nobodys])
     for found, wanted in (
