@@ -91,3 +91,28 @@ def test_how_many_go_together(threads: int) -> None:
     assert together(threads - 1, 576, cpu) == 1
     assert together(64, 14336, cpu) == 1
     assert together(64, 576, torch.device("cuda")) == 1
+
+
+def test_what_outputs_are_added_to_has_the_tensors_scale() -> None:
+    """NVFP4 divides a large tensor by a scale of its own: weights and D four times as large, the same blocks."""
+
+    class Scaled(Tensors):
+        def may_have_scale(self, tensor: str) -> bool:
+            return True
+
+    mix, settings = Mix("NVFP4", 0, {"o": "NVFP4"}, ["o"], {}), Settings(3e-2, 1.0, "blocks", ridge=0.5)
+    generator = torch.Generator().manual_seed(0)
+    x, noise = torch.randn(2, 300, COLUMNS, generator=generator)
+    weight, gap = torch.randn(ROWS, COLUMNS, generator=generator), x[:, :ROWS] + noise[:, :ROWS]
+
+    def blocks(times: float, *, gap: Tensor | None = gap) -> Tensor:
+        stats = LayerStats(COLUMNS, written=0 if gap is None else ROWS)
+        stats.update(x, x + 0.1 * noise, None if gap is None else times * gap)
+        tensors, given = Scaled(), times * weight
+        group = Group([Matrix("o", given, torch.empty_like(given))], stats)
+        (report,) = round_groups([group], tensors, mix, ROUNDERS["qronos"], settings, tensors)
+        assert report.residual == (gap is not None)
+        return tensors.blocks["o"]
+
+    assert torch.equal(blocks(2.0**14), blocks(2.0**16))
+    assert not torch.equal(blocks(1.0), blocks(1.0, gap=None))
